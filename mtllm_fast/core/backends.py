@@ -1,0 +1,76 @@
+"""The choice of a backend for one call of an op, and the words for it.
+
+An op lists its backends, best first, each with a function that says why it cannot serve a call (None: it can).
+``auto`` takes the first that can; a backend named by the user serves or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtllm_fast.core.errors import UnsupportedBackendError
+
+WhyNot = Callable[..., "str | None"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why the others do not; ``print`` it."""
+
+    op: str
+    requested: str
+    chosen: str | None
+    why_not: Mapping[str, str | None]
+    """For every backend, best first: why it cannot serve this call, or None if it can."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}(backend={self.requested!r}) -> {self.chosen or 'no backend can serve this call'}"]
+        for name, reason in self.why_not.items():
+            verdict = "chosen" if name == self.chosen else f"no: {reason}" if reason else "could serve"
+            lines.append(f"  {name}: {verdict}")
+        return "\n".join(lines)
+
+
+class Backends:
+    """The backends of one op, best first.
+
+    >>> backends = Backends("twice", {"cuda": lambda x: "no GPU", "reference": lambda x: None})
+    >>> backends.choose("auto", 1)
+    'reference'
+    >>> print(backends.explain("cuda", 1))
+    twice(backend='cuda') -> no backend can serve this call
+      cuda: no: no GPU
+      reference: could serve
+    """
+
+    def __init__(self, op: str, why_not: Mapping[str, WhyNot]) -> None:
+        self.op = op
+        self.why_not = dict(why_not)
+
+    def choose(self, requested: str, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that serves this call; ``args`` are handed to the ``why_not`` functions."""
+        if requested == "auto":
+            for name, why_not in self.why_not.items():
+                if why_not(*args, **kwargs) is None:
+                    return name
+            reasons = "; ".join(f"{name}: {why_not(*args, **kwargs)}" for name, why_not in self.why_not.items())
+            raise UnsupportedBackendError(f"{self.op}: no backend can serve this call: {reasons}")
+        if requested not in self.why_not:
+            known = ", ".join(["auto", *self.why_not])
+            raise UnsupportedBackendError(f"{self.op}: there is no backend {requested!r}; there are {known}")
+        reason = self.why_not[requested](*args, **kwargs)
+        if reason is None:
+            return requested
+        able = [name for name, why_not in self.why_not.items() if why_not(*args, **kwargs) is None]
+        raise UnsupportedBackendError(
+            f"{self.op}: backend {requested!r} cannot serve this call: {reason}. What would work: {', '.join(able)}"
+        )
+
+    def explain(self, requested: str, *args: Any, **kwargs: Any) -> Explanation:
+        """What ``choose`` does for the same arguments, told instead of done."""
+        reasons = {name: why_not(*args, **kwargs) for name, why_not in self.why_not.items()}
+        able = [name for name, reason in reasons.items() if reason is None]
+        chosen = next(iter(able), None) if requested == "auto" else requested if requested in able else None
+        return Explanation(self.op, requested, chosen, reasons)

@@ -1,0 +1,33 @@
+"""The two doors of an op: a plain eager call goes straight to the launcher, any other through the registered op.
+
+A ``torch.library`` op costs a few microseconds per call, which pay only when somebody looks: torch.compile, autograd,
+fake tensors, dispatch and function modes (FLOP counters, selective checkpointing), torch.func.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def needs_registered_op(*tensors: Tensor) -> bool:
+    """Whether this call must go through the registered op, so that whoever watches sees it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return True
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:  # noqa: SIM110 (half the time of any(), on every eager call)
+        if (grad and tensor.requires_grad) or type(tensor) not in _PLAIN or tensor.is_meta:
+            return True
+    return False
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy of it if it was made in inference mode: autograd refuses to save such a tensor."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor

@@ -1,0 +1,127 @@
+"""Metadata is in pyproject.toml; this file drives CMake for the CUDA extension ``mtllm_fast._cuda``.
+
+MTLLM_FAST_CUDA        auto (default): build with nvcc, else say what was left out. 1: fail without nvcc. 0: leave out.
+MTLLM_FAST_CUDA_ARCHS  CMake's CUDA_ARCHITECTURES (default: those of DEFAULT_ARCHITECTURES that nvcc knows).
+CUDACXX                the nvcc to use; when it is set, no other place is searched.
+
+A compile error always fails the build. Neither torch nor a GPU is needed, and torch is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = ("80-real", "90a-real", "100-real")
+
+
+def nvcc_candidates() -> list[str]:
+    if os.environ.get("CUDACXX"):
+        return [os.environ["CUDACXX"]]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return [f"{home}/bin/nvcc" for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+
+
+def plan() -> tuple[str | None, str]:
+    """The nvcc to build with, or None and the reason why the extension is left out."""
+    mode = os.environ.get("MTLLM_FAST_CUDA", "auto")
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"MTLLM_FAST_CUDA must be 0, 1 or auto, got {mode!r}")
+    if mode == "0":
+        return None, "MTLLM_FAST_CUDA=0"
+    for candidate in nvcc_candidates():
+        if found := shutil.which(candidate):
+            return found, ""
+    reason = f"no nvcc found (looked for {', '.join(nvcc_candidates())})"
+    if mode == "1":
+        raise SystemExit(f"mtllm-fast: MTLLM_FAST_CUDA=1, but {reason}. Install the CUDA toolkit or set CUDACXX.")
+    return None, reason
+
+
+def architectures(nvcc: str) -> list[str]:
+    if chosen := os.environ.get("MTLLM_FAST_CUDA_ARCHS"):
+        return chosen.split(";")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    kept = [arch for arch in DEFAULT_ARCHITECTURES if f"sm_{arch.split('-')[0].rstrip('a')}" in known]
+    if dropped := sorted(set(DEFAULT_ARCHITECTURES) - set(kept)):
+        print(f"mtllm-fast: {nvcc} does not know {', '.join(dropped)}: left out", file=sys.stderr)
+    return kept
+
+
+def pybind11_include() -> Path:
+    """pybind11's headers: the package's own, else the copy inside torch (found without importing torch)."""
+    for package, folder in (("pybind11", "include"), ("torch", "include")):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin and (Path(spec.origin).parent / folder / "pybind11" / "pybind11.h").exists():
+            return Path(spec.origin).parent / folder
+    raise SystemExit("mtllm-fast: pybind11's headers were found neither in pybind11 nor in torch: pip install pybind11")
+
+
+def tool(name: str) -> str | None:
+    """An executable of this Python environment (which need not be activated), else of PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def build_cuda_extension(nvcc: str, package: Path) -> None:
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None:
+        raise SystemExit("mtllm-fast: the CUDA extension needs cmake: pip install cmake ninja")
+    # Not setuptools' temporary folder: this one survives, so that a second editable install compiles only what changed.
+    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures(nvcc)),
+        "Python_EXECUTABLE": sys.executable,
+        "PYBIND11_INCLUDE_DIR": str(pybind11_include()),
+    }
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    flags = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *flags], check=True)
+    subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
+    subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True)
+
+
+NVCC, LEFT_OUT_BECAUSE = plan()
+
+
+def record(package: Path) -> None:
+    """Leave beside the code what ``mtllm-fast env`` needs to say why there is no CUDA extension."""
+    package.mkdir(parents=True, exist_ok=True)
+    info = {"cuda_extension": NVCC is not None, "left_out_because": LEFT_OUT_BECAUSE}
+    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+    if NVCC is None:
+        print(f"mtllm-fast: CUDA extension left out: {LEFT_OUT_BECAUSE}", file=sys.stderr)
+        for stale in package.glob("_cuda*.so"):
+            stale.unlink()
+
+
+class BuildPackage(build_py):
+    def run(self) -> None:
+        super().run()
+        record((ROOT if self.editable_mode else Path(self.build_lib)) / "mtllm_fast")
+
+
+class BuildCudaExtension(build_ext):
+    def run(self) -> None:
+        package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mtllm_fast"
+        record(package)
+        if NVCC is not None:
+            build_cuda_extension(NVCC, package)
+
+
+setup(
+    ext_modules=[Extension("mtllm_fast._cuda", sources=[])] if NVCC else [],
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildCudaExtension},
+)
