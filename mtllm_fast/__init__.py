@@ -1,0 +1,84 @@
+"""MT-LLM, fast: a translation encoder stacked under a bidirectional LLM, packed end to end.
+
+Importing this package is cheap: names load on first use. It also makes the ``nllb-llm2vec`` model type known to
+transformers' Auto classes, now if they are imported already, else at the moment they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtllm_fast.core.explain import explain as explain
+    from mtllm_fast.models import MTLLM as MTLLM
+    from mtllm_fast.models import MTLLMConfig as MTLLMConfig
+    from mtllm_fast.models import MTLLMForMultipleChoice as MTLLMForMultipleChoice
+    from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
+    from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
+    from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
+    from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
+    from mtllm_fast.text.languages import languages as languages
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MTLLM": "mtllm_fast.models",
+    "MTLLMConfig": "mtllm_fast.models",
+    "MTLLMForMultipleChoice": "mtllm_fast.models",
+    "MTLLMForSequenceClassification": "mtllm_fast.models",
+    "MTLLMForTokenClassification": "mtllm_fast.models",
+    "explain": "mtllm_fast.core.explain",
+    "languages": "mtllm_fast.text.languages",
+    "norm_pool": "mtllm_fast.ops.norm_pool",
+    "varlen_attention": "mtllm_fast.ops.varlen_attention",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtllm_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+class _RegisterAfterAutoClasses(importlib.abc.MetaPathFinder):
+    """Imports ``mtllm_fast.models`` (which registers the model type) right after transformers' Auto classes."""
+
+    target = "transformers.models.auto.modeling_auto"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.target:
+            return None
+        sys.meta_path.remove(self)  # once; the finders behind it do the work
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module("mtllm_fast.models")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _RegisterAfterAutoClasses.target in sys.modules:
+    importlib.import_module("mtllm_fast.models")
+else:
+    sys.meta_path.insert(0, _RegisterAfterAutoClasses())

@@ -1,0 +1,66 @@
+"""``MTLLMConfig``: the published ``config.json`` (``model_type: nllb-llm2vec``), plus what the checkpoint leaves implicit."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, M2M100Config, PreTrainedConfig
+
+POOLINGS = ("mean", "cls", "eos")
+PUBLISHED_ENCODER = "facebook/nllb-200-distilled-600M"
+
+
+class MTLLMConfig(PreTrainedConfig):
+    """Configuration of a translation encoder stacked under a bidirectional LLM.
+
+    Args:
+        nllb_config (`dict | M2M100Config`): the encoder.
+        llm2vec_config (`dict | PreTrainedConfig`): the LLM; a dict without ``model_type`` is a Llama.
+        pooling (`str`): ``"mean"`` over all real tokens (language code and ``</s>`` included; what was trained),
+            ``"cls"`` (first token) or ``"eos"`` (last token).
+        up_proj_bias (`bool`, *optional*): whether ``up_proj`` has a bias. ``None``: read from the checkpoint's keys
+            by ``from_pretrained``, and no bias for a model made from scratch.
+        llm_embeddings (`bool`): keep the LLM's token embedding table. The stacked forward never reads it (the
+            teacher does), and it weighs 1 GB at Llama-3 size.
+        tokenizer_name (`str`, *optional*): where the tokenizer comes from when none lies beside the checkpoint.
+
+    Example:
+
+        >>> from mtllm_fast import MTLLMConfig
+        >>> config = MTLLMConfig(nllb_config={"d_model": 64}, llm2vec_config={"hidden_size": 128})
+        >>> config.llm2vec_config.model_type, config.llm2vec_config.is_causal
+        ('llama', False)
+    """
+
+    model_type = "nllb-llm2vec"
+    sub_configs: ClassVar[dict[str, Any]] = {"nllb_config": M2M100Config, "llm2vec_config": AutoConfig}
+
+    nllb_config: dict | PreTrainedConfig | None = None
+    llm2vec_config: dict | PreTrainedConfig | None = None
+    pooling: str = "mean"
+    up_proj_bias: bool | None = None
+    llm_embeddings: bool = True
+    tokenizer_name: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.nllb_config is None or isinstance(self.nllb_config, dict):
+            self.nllb_config = M2M100Config(**(self.nllb_config or {}))
+        if self.llm2vec_config is None or isinstance(self.llm2vec_config, dict):
+            values = dict(self.llm2vec_config or {})
+            self.llm2vec_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        # The supported switch for bidirectional attention from transformers 5.2 on; checked by a probe at load.
+        self.llm2vec_config.is_causal = False
+        self.llm2vec_config.use_cache = False
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the embeddings: the LLM's."""
+        return self.llm2vec_config.hidden_size
+
+    @property
+    def default_tokenizer(self) -> str:
+        """Where to look for the tokenizer when the checkpoint folder has none."""
+        return self.tokenizer_name or self.nllb_config.name_or_path or PUBLISHED_ENCODER

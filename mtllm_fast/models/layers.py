@@ -1,0 +1,168 @@
+"""Encoder and decoder layers that run on packed tokens ``[T, D]``.
+
+Each class is the Hugging Face layer with one more way to call it: with ``packed=`` the hidden states are packed
+tokens, without it the layer is what it was. Parameters, names and hooks (PEFT, quantised Linears, FSDP, accelerate,
+gradient checkpointing) are therefore those of the original. ``to_packed_layers`` changes the class of the layers of
+an existing tower in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100EncoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from mtllm_fast.ops.varlen_attention import varlen_attention
+
+
+@dataclass(frozen=True)
+class PackedContext:
+    """What every layer of a tower needs beside the hidden states."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    attention_backend: str
+    dead_tail: bool = False
+    cos: Tensor | None = None  # [T, hd], the LLM only
+    sin: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PackedContext:
+        """Lets accelerate's hooks carry the context along when layers live on several devices."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in moved.items()})
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: nn.Module, dropout_p: float, packed: PackedContext) -> Tensor:
+    """Attention within each sentence: q ``[T, H, hd]``, k and v ``[T, KV, hd]`` -> ``[T, H * hd]``."""
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        packed.cu_seqlens,
+        packed.max_seqlen,
+        scale=attention.scaling,
+        dropout_p=dropout_p if attention.training else 0.0,
+        dead_tail=packed.dead_tail,
+        backend=packed.attention_backend,
+    )
+    return out.flatten(1)
+
+
+class PackedM2M100EncoderLayer(M2M100EncoderLayer):
+    """Pre-LayerNorm encoder layer of M2M-100 and NLLB."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed: PackedContext | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if packed is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        attn = self.self_attn
+        normed = self.self_attn_layer_norm(hidden_states)
+        q, k, v = (p(normed).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        attended = attn.out_proj(_attend(q, k, v, attn, attn.dropout, packed))
+        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
+
+        inner = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
+        inner = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
+        hidden_states = hidden_states + F.dropout(inner, self.dropout, self.training)
+        if hidden_states.dtype == torch.float16:  # as the original: residuals of NLLB overflow fp16
+            limit = torch.finfo(torch.float16).max - 1000
+            hidden_states = hidden_states.clamp(-limit, limit)
+        return hidden_states
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight``; a module that something has hooked into is called as it is."""
+    if norm._forward_pre_hooks or norm._forward_hooks or hasattr(norm, "_hf_hook"):
+        return norm(x)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half RoPE: x ``[T, H, hd]``, cos and sin ``[T, hd]`` whose two halves are equal."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class _PackedDecoderLayer:
+    """Pre-RMSNorm layer with RoPE, grouped-query attention and a gated MLP; optional q/k norms (Qwen3)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, packed: PackedContext | None = None, **kwargs: Any) -> Tensor:
+        if packed is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        hidden_states = hidden_states + self._attention(rms_norm(self.input_layernorm, hidden_states), packed)
+        mlp = self.mlp
+        normed = rms_norm(self.post_attention_layernorm, hidden_states)
+        return hidden_states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+
+    def _attention(self, normed: Tensor, packed: PackedContext) -> Tensor:
+        attn = self.self_attn
+        _check_window(attn, packed.max_seqlen)
+        q, k, v = (p(normed).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if hasattr(attn, "q_norm"):
+            q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
+        q, k = apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin)
+        return attn.o_proj(_attend(q, k, v, attn, attn.attention_dropout, packed))
+
+
+def _check_window(attn: nn.Module, max_seqlen: int) -> None:
+    window = getattr(attn, "sliding_window", None) or getattr(attn.config, "sliding_window", None)
+    windowed = getattr(attn, "layer_type", None) in (None, "sliding_attention")
+    if window is not None and windowed and max_seqlen > window:
+        raise ValueError(
+            f"a sentence of up to {max_seqlen} tokens exceeds the LLM's sliding window of {window}; "
+            f"truncate with max_length <= {window}"
+        )
+
+
+class PackedLlamaDecoderLayer(_PackedDecoderLayer, LlamaDecoderLayer):
+    """Llama's layer."""
+
+
+class PackedMistralDecoderLayer(_PackedDecoderLayer, MistralDecoderLayer):
+    """Mistral's layer; full attention, so sentences must fit its sliding window."""
+
+
+class PackedQwen2DecoderLayer(_PackedDecoderLayer, Qwen2DecoderLayer):
+    """Qwen2's layer: q, k and v have biases."""
+
+
+class PackedQwen3DecoderLayer(_PackedDecoderLayer, Qwen3DecoderLayer):
+    """Qwen3's layer: RMSNorm on each head of q and k."""
+
+
+_PACKED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    M2M100EncoderLayer: PackedM2M100EncoderLayer,
+    LlamaDecoderLayer: PackedLlamaDecoderLayer,
+    MistralDecoderLayer: PackedMistralDecoderLayer,
+    Qwen2DecoderLayer: PackedQwen2DecoderLayer,
+    Qwen3DecoderLayer: PackedQwen3DecoderLayer,
+}
+
+
+def to_packed_layers(layers: nn.ModuleList) -> bool:
+    """Give each layer its packed class, in place; False (and no change) when one is of another family."""
+    packed_classes = tuple(_PACKED_CLASS.values())
+    if not all(type(layer) in _PACKED_CLASS or isinstance(layer, packed_classes) for layer in layers):
+        return False
+    for layer in layers:
+        if not isinstance(layer, packed_classes):
+            layer.__class__ = _PACKED_CLASS[type(layer)]
+    return True
+
+
+PACKED_LAYER_NAMES = tuple(c.__name__ for c in _PACKED_CLASS.values())

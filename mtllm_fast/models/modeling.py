@@ -1,0 +1,204 @@
+"""``MTLLM``: a translation encoder, one linear up-projection and a bidirectional LLM, run on packed tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, M2M100Config, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+from transformers.utils import can_return_tuple
+
+from mtllm_fast.models import loading
+from mtllm_fast.models.attention import DEFAULT_ATTENTION
+from mtllm_fast.models.configuration import MTLLMConfig
+from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
+from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
+from mtllm_fast.models.towers import ATTENTION_BACKENDS, final_norm, pool, run_encoder, run_llm, run_other_llm
+from mtllm_fast.ops.norm_pool import norm_pool
+
+
+@dataclass
+class MTLLMOutput(BaseModelOutputWithPooling):
+    """Output of ``MTLLM``: padded ``[N, L, …]`` for padded inputs (zero at padding), packed ``[T, …]`` for packed ones.
+
+    ``hidden_states``, when asked for: the LLM's states, its input (the up-projected encoder states) first, its normed
+    output last. ``encoder_hidden_states``: the encoder's states, embeddings first, before its last LayerNorm.
+    """
+
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MTLLMPreTrainedModel(loading.CheckpointMixin, PreTrainedModel):
+    """What the base model and the heads share: loading, saving, attention choice, placement."""
+
+    config: MTLLMConfig
+    config_class = MTLLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = "text"
+    supports_gradient_checkpointing = True
+    _no_split_modules = list(PACKED_LAYER_NAMES)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        requested = requested_attention or DEFAULT_ATTENTION
+        if requested not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(map(repr, ATTENTION_BACKENDS))}, got {requested!r}"
+            )
+        return super().get_correct_attn_implementation(requested, is_init_check)
+
+
+class MTLLM(MTLLMPreTrainedModel):
+    """An NLLB encoder under a bidirectional LLM: multilingual text in, the LLM's representation space out.
+
+    ``x = W_up · encoder(tokens) (+ b)``, then the LLM's layers on ``x`` without a causal mask, its last RMSNorm, and
+    pooling. Paper: "Self-Distillation for Model Stacking Unlocks Cross-Lingual NLU in 200+ Languages",
+    arXiv 2406.12739.
+
+    Example:
+
+        >>> from mtllm_fast import MTLLM
+        >>> model = MTLLM.from_pretrained("tiny")
+        >>> model.encode(["Habari ya dunia", "Wie geht's?"], src_lang=["swh_Latn", "deu_Latn"]).shape
+        torch.Size([2, 128])
+    """
+
+    def __init__(
+        self,
+        config: MTLLMConfig,
+        nllb_encoder: M2M100Encoder | None = None,
+        llm2vec: PreTrainedModel | None = None,
+    ) -> None:
+        if config._attn_implementation is None:
+            _default_attention(config, (config.nllb_config, config.llm2vec_config))
+        super().__init__(config)
+        self.nllb_encoder = nllb_encoder if nllb_encoder is not None else _new_tower(config.nllb_config, M2M100Encoder)
+        self.up_proj = nn.Linear(config.nllb_config.d_model, config.hidden_size, bias=bool(config.up_proj_bias))
+        self.llm2vec = llm2vec if llm2vec is not None else _new_tower(config.llm2vec_config)
+        to_packed_layers(self.nllb_encoder.layers)
+        layers = getattr(self.llm2vec, "layers", None)
+        self.packed_llm = isinstance(layers, nn.ModuleList) and to_packed_layers(layers)
+        if not config.llm_embeddings:
+            self.llm2vec.set_input_embeddings(None)
+            self._keys_to_ignore_on_load_unexpected = [r"llm2vec\.embed_tokens\.weight"]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.nllb_encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.nllb_encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> MTLLMOutput:
+        """Encode a padded or a packed batch.
+
+        Args:
+            input_ids: int64, padded ``[N, L]`` or packed ``[T]``: ``[language code] tokens </s>``.
+            attention_mask: ``[N, L]``, 1 at real tokens, padding on the left or on the right. Default: wherever
+                ``input_ids`` is not the padding id.
+            inputs_embeds: instead of ``input_ids``, states of the encoder, ``[N, L, d]`` or ``[T, d]``, for example
+                cached ones: the encoder is skipped and they go to ``up_proj``.
+            cu_seqlens: int32 ``[B+1]``: the input is packed, and so is the output.
+            max_seqlen: with ``cu_seqlens``, an upper bound of the longest sentence.
+            output_hidden_states: also return the states of every layer of both towers.
+
+        Returns:
+            MTLLMOutput: ``last_hidden_state`` ``[N, L, D]`` or ``[T, D]``, ``pooler_output`` ``[N, D]`` or ``[B, D]``.
+
+        Raises:
+            ValueError: no input or two, a mask with a hole, an id outside the vocabulary, another device, …
+            TypeError: ids that are no integers.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: packed attention never forms the weights")
+        collect = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        batch = prepare_inputs(self, input_ids, attention_mask, inputs_embeds, cu_seqlens, max_seqlen)
+        encoder_states: list[Tensor] | None = [] if collect else None
+        llm_states: list[Tensor] | None = [] if collect else None
+        encoded = self._encode_tokens(batch, encoder_states)
+        hidden, is_normed = self._run_llm(self.up_proj(encoded), batch, llm_states)
+        pooled = self._pool(hidden, is_normed, batch)
+        normed = hidden if is_normed else final_norm(self.llm2vec, hidden)
+        if llm_states is not None:
+            llm_states.append(normed)
+        out = batch.unpack
+        return MTLLMOutput(
+            last_hidden_state=out(normed),
+            pooler_output=pooled,
+            hidden_states=tuple(map(out, llm_states)) if llm_states is not None else None,
+            encoder_last_hidden_state=out(encoded) if collect else None,
+            encoder_hidden_states=tuple(map(out, encoder_states)) if encoder_states is not None else None,
+        )
+
+    @classmethod
+    def from_encoder_and_llm(cls, encoder: Any, llm: Any, **kwargs: Any) -> MTLLM:
+        """Join any M2M-100/NLLB encoder and any supported LLM; see ``mtllm_fast.models.joining.join``."""
+        from mtllm_fast.models.joining import join
+
+        return join(cls, encoder, llm, **kwargs)
+
+    def encode_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Pooled embeddings only: ids ``[T]``, ``cu_seqlens`` ``[B+1]`` -> ``[B, D]``; no ``[T, D]`` output is written."""
+        return self.pooled(prepare_inputs(self, input_ids, None, None, cu_seqlens, max_seqlen))
+
+    def pooled(self, batch: PackedInputs) -> Tensor:
+        """Pooled embeddings ``[B, D]`` of prepared inputs."""
+        hidden, is_normed = self._run_llm(self.up_proj(self._encode_tokens(batch)), batch)
+        return self._pool(hidden, is_normed, batch)
+
+    def hidden(self, batch: PackedInputs) -> Tensor:
+        """Last hidden states ``[T, D]`` of prepared inputs, packed."""
+        hidden, is_normed = self._run_llm(self.up_proj(self._encode_tokens(batch)), batch)
+        return hidden if is_normed else final_norm(self.llm2vec, hidden)
+
+    def _encode_tokens(self, batch: PackedInputs, collect: list[Tensor] | None = None) -> Tensor:
+        if batch.encoder_states is not None:
+            return batch.encoder_states
+        return run_encoder(self.nllb_encoder, batch.input_ids, batch.layout, collect)
+
+    def _run_llm(self, x_TD: Tensor, batch: PackedInputs, collect: list[Tensor] | None = None) -> tuple[Tensor, bool]:
+        """The LLM's last states and whether its last norm is applied to them already."""
+        if self.packed_llm:
+            return run_llm(self.llm2vec, x_TD, batch.layout, collect), False
+        return run_other_llm(self.llm2vec, x_TD, batch.layout, collect), True
+
+    def _pool(self, hidden_TD: Tensor, is_normed: bool, batch: PackedInputs) -> Tensor:
+        pooling = self.config.pooling
+        if is_normed:
+            return pool(hidden_TD, batch.layout.cu_seqlens, pooling)
+        norm = self.llm2vec.norm
+        return norm_pool(hidden_TD, norm.weight, batch.layout.cu_seqlens, eps=norm.variance_epsilon, pooling=pooling)
+
+
+def _default_attention(config: PreTrainedConfig, towers: tuple[PreTrainedConfig, ...]) -> None:
+    config._attn_implementation_internal = DEFAULT_ATTENTION
+    for tower in towers:
+        if tower._attn_implementation is None:
+            tower._attn_implementation = DEFAULT_ATTENTION
+
+
+def _new_tower(config: PreTrainedConfig, tower_class: Any = None) -> PreTrainedModel:
+    """A randomly initialised tower in the default dtype (its sub-config's own dtype has no say in a stack)."""
+    if tower_class is None:
+        tower_class = AutoModel._model_mapping[type(config)]
+    if isinstance(config, M2M100Config) and not config.d_model % config.encoder_attention_heads == 0:
+        raise ValueError("nllb_config: d_model must be a multiple of encoder_attention_heads")
+    return tower_class(config)

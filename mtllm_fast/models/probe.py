@@ -1,0 +1,95 @@
+"""The load-time probe: an LLM in a stack must see later tokens and must not react to padding or neighbours.
+
+Both fail without an error when transformers changes how masks are built, and both ruin embeddings. The probe runs
+one layer on a handful of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from mtllm_fast.core.errors import NotBidirectionalError
+from mtllm_fast.models.towers import run_llm, run_other_llm
+from mtllm_fast.packing import PackedLayout, position_ids_from_cu_seqlens
+
+if TYPE_CHECKING:
+    from mtllm_fast.models.modeling import MTLLM
+
+_LENGTHS = (3, 4)
+
+
+@torch.no_grad()
+def check_bidirectional(model: MTLLM) -> None:
+    """Raise ``NotBidirectionalError`` unless the stack's LLM is bidirectional and padding-invariant.
+
+    A packed family is probed twice: one layer of this model on packed tokens, and a one-layer miniature of the same
+    class as transformers runs it on padded tokens (the way a teacher runs). Any other LLM is probed as it is.
+    """
+    llm = model.llm2vec
+    parameter = next(llm.parameters())
+    if parameter.device.type == "meta":
+        return
+    if not model.packed_llm:
+        _check(type(llm).__name__, lambda x, cu: run_other_llm(llm, x, _layout(x, cu)), llm)
+        return
+    was_training = llm.training
+    llm.eval()
+    try:
+        _check(type(llm).__name__, lambda x, cu: run_llm(llm, x, _layout(x, cu), num_layers=1), llm)
+    finally:
+        llm.train(was_training)
+    _check_family(type(llm), type(llm.config))
+
+
+def _layout(x_TD: Tensor, cu_seqlens: Tensor) -> PackedLayout:
+    position_ids = position_ids_from_cu_seqlens(cu_seqlens, x_TD.shape[0])
+    return PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max(_LENGTHS))
+
+
+@functools.cache
+def _check_family(llm_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> None:
+    """Does the installed transformers honour ``is_causal=False`` for this class, padded?"""
+    config = config_class(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=8, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    config.is_causal = False
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        miniature = llm_class(config).float().eval()
+    _check(llm_class.__name__, lambda x, cu: run_other_llm(miniature, x, _layout(x, cu)), miniature)
+
+
+def _check(name: str, run: Callable[[Tensor, Tensor], Tensor], llm: PreTrainedModel) -> None:
+    weight = next(p for p in llm.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    # Small inputs, as token embeddings are: next to a large residual stream bf16 would round the reaction away.
+    tokens = 0.02 * torch.randn(sum(_LENGTHS) + 1, llm.config.hidden_size, generator=generator)
+    *x, other = tokens.to(weight.device, weight.dtype).split([*_LENGTHS, 1])
+    changed = torch.cat((x[0][:-1], other))  # another last token in the first sentence
+    ends = torch.tensor([0, *_LENGTHS, *_LENGTHS], device=weight.device).cumsum(0).to(torch.int32)
+    first, second, first_changed, second_again = run(torch.cat((*x, changed, x[1])), ends).float().split(_LENGTHS * 2)
+    alone = run(x[0], ends[:2]).float()
+
+    def difference(a: Tensor, b: Tensor) -> float:
+        return float((a - b).abs().max() / first.abs().max())
+
+    moved, leaked = difference(first[0], first_changed[0]), difference(second, second_again)
+    reason = f"transformers {transformers_version}, attn_implementation={llm.config._attn_implementation!r}"
+    if not moved > 1e-6:
+        raise NotBidirectionalError(
+            f"{name} is causal: its first token does not react to a change of the last one; "
+            f"config.is_causal=False is not honoured ({reason})"
+        )
+    if not leaked < 0.25 * moved:
+        raise NotBidirectionalError(f"{name} mixes the sentences of a batch: packing is ignored ({reason})")
+    drift = difference(first, alone)
+    if not drift < 64 * torch.finfo(weight.dtype).eps:
+        raise NotBidirectionalError(f"{name} depends on padding: alone and in a batch differ by {drift:.1e} ({reason})")

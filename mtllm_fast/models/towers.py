@@ -1,0 +1,122 @@
+"""The two towers on packed tokens: functions that run the Hugging Face modules' own parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from mtllm_fast.models.layers import PackedContext, rms_norm
+from mtllm_fast.packing import PackedLayout, right_padded
+
+# attn_implementation -> backend of the varlen_attention op. The first is the default.
+ATTENTION_BACKENDS = {
+    "mtllm_varlen": "auto",
+    "sdpa": "sdpa",
+    "eager": "reference",
+    "flash_attention_2": "flash_attn",
+}
+
+
+def _context(tower: PreTrainedModel, layout: PackedLayout, **rope: Tensor) -> PackedContext:
+    backend = ATTENTION_BACKENDS[tower.config._attn_implementation]
+    return PackedContext(layout.cu_seqlens, layout.max_seqlen, backend, layout.dead_tail, **rope)
+
+
+def run_encoder(
+    encoder: PreTrainedModel,
+    input_ids_T: Tensor,
+    layout: PackedLayout,
+    collect: list[Tensor] | None = None,
+) -> Tensor:
+    """``M2M100Encoder`` on packed tokens: ids int64 [T] -> [T, d]. ``collect`` receives the state after each layer."""
+    hidden = encoder.embed_tokens(input_ids_T)
+    hidden = hidden + _sinusoid(encoder.embed_positions, layout).to(hidden)
+    hidden = F.dropout(hidden, encoder.dropout, encoder.training)
+    packed = _context(encoder, layout)
+    for layer in encoder.layers:
+        if collect is not None:
+            collect.append(hidden)
+        if encoder.training and encoder.layerdrop > 0 and torch.rand([]) < encoder.layerdrop:
+            continue
+        hidden = layer(hidden, packed=packed)
+    if collect is not None:
+        collect.append(hidden)
+    return encoder.layer_norm(hidden)
+
+
+def _sinusoid(positions: nn.Module, layout: PackedLayout) -> Tensor:
+    """Rows of the fairseq table: position 0 is row ``padding_idx + 1``. The table grows for longer texts."""
+    first = positions.padding_idx + 1
+    if first + layout.max_seqlen > positions.weights.shape[0]:
+        positions.make_weights(first + layout.max_seqlen, positions.embedding_dim, positions.padding_idx)
+    return positions.weights.index_select(0, layout.position_ids + first)
+
+
+def run_llm(
+    llm: PreTrainedModel,
+    inputs_embeds_TD: Tensor,
+    layout: PackedLayout,
+    collect: list[Tensor] | None = None,
+    num_layers: int | None = None,
+) -> Tensor:
+    """A decoder of a packed family, bidirectional: [T, D] -> [T, D] *before* its last RMSNorm."""
+    hidden = inputs_embeds_TD
+    cos, sin = _rope_tables(llm, hidden, layout.position_ids)
+    packed = _context(llm, layout, cos=cos, sin=sin)
+    for layer in llm.layers[:num_layers]:
+        if collect is not None:
+            collect.append(hidden)
+        hidden = layer(hidden, packed=packed)
+    return hidden
+
+
+def final_norm(llm: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
+    """The last RMSNorm of a packed family."""
+    return rms_norm(llm.norm, hidden_TD)
+
+
+def _rope_tables(llm: PreTrainedModel, like_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[T, hd]`` in the dtype of the activations, from float32 angles."""
+    rotary = llm.rotary_emb
+    if rotary.inv_freq.dtype != torch.float32:
+        # model.to(bfloat16) rounds the frequencies with everything else; bf16 angles are off by whole radians.
+        with torch.no_grad():
+            fresh = type(rotary)(config=rotary.config)
+            rotary.inv_freq = fresh.inv_freq.to(rotary.inv_freq.device, torch.float32)
+    cos, sin = rotary(like_TD, position_ids_T[None])
+    return cos[0], sin[0]
+
+
+def run_other_llm(
+    llm: PreTrainedModel,
+    inputs_embeds_TD: Tensor,
+    layout: PackedLayout,
+    collect: list[Tensor] | None = None,
+) -> Tensor:
+    """A decoder without packed layers, as the module it is: padded on the right, bidirectional by its config.
+
+    [T, D] -> [T, D] *after* its last norm (which belongs to the module).
+    """
+    packing = right_padded(layout)
+    embeds_NLD = packing.unpack(inputs_embeds_TD)
+    mask_NL = packing.unpack(torch.ones_like(packing.indices))
+    out = llm(
+        inputs_embeds=embeds_NLD, attention_mask=mask_NL, use_cache=False, output_hidden_states=collect is not None
+    )
+    if collect is not None:
+        collect.extend(packing.pack(state) for state in out.hidden_states[:-1])
+    return packing.pack(out.last_hidden_state)
+
+
+def pool(hidden_TD: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+    """Pool states that are normed already: [T, D] -> [B, D], fp32 accumulation for the mean."""
+    if pooling == "cls":
+        return hidden_TD.index_select(0, cu_seqlens[:-1].long())
+    if pooling == "eos":
+        return hidden_TD.index_select(0, cu_seqlens[1:].long() - 1)
+    summed = torch.segment_reduce(
+        hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), "mean", offsets=cu_seqlens.long(), axis=0
+    )
+    return summed.to(hidden_TD.dtype)

@@ -1,0 +1,60 @@
+"""The CPU path: PyTorch's flash kernel on every run of neighbouring sentences of equal length.
+
+A batch that was sorted by length (``encode`` sorts) has few runs, so few calls; nothing is padded or copied on the
+way in. Forward and backward are explicit, hence the same in eager mode and inside a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _equal_length_runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """(first row, end row, sentences, length) of each run of equally long, non-empty neighbours."""
+    bounds = cu_seqlens.tolist()
+    start, last = 0, len(bounds) - 1
+    while start < last:
+        length = bounds[start + 1] - bounds[start]
+        end = start + 1
+        while end < last and bounds[end + 1] - bounds[end] == length:
+            end += 1
+        if length:
+            yield bounds[start], bounds[end], end - start, length
+        start = end
+
+
+def _as_batch(x_THd: Tensor, count: int, length: int) -> Tensor:
+    """Rows of one run as ``[count, H, length, hd]``, a view."""
+    return x_THd.unflatten(0, (count, length)).transpose(1, 2)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out ``[T, H, hd]`` and the log-sum-exp of the scores ``[T, H]``; dead-tail rows are zero."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for start, end, count, length in _equal_length_runs(cu_seqlens):
+        batch = (_as_batch(t[start:end], count, length) for t in (q, k, v))
+        out_NHLd, lse_NHL = _FORWARD(*batch, 0.0, False, attn_mask=None, scale=scale)
+        out[start:end] = out_NHLd.transpose(1, 2).flatten(0, 1)
+        lse[start:end] = lse_NHL.transpose(1, 2).flatten(0, 1)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    for start, end, count, length in _equal_length_runs(cu_seqlens):
+        batch = (_as_batch(t[start:end], count, length) for t in (grad_out, q, k, v, out))
+        lse_NHL = lse[start:end].unflatten(0, (count, length)).transpose(1, 2)
+        parts = _BACKWARD(*batch, lse_NHL, 0.0, False, attn_mask=None, scale=scale)
+        for grad, part in zip(grads, parts, strict=True):
+            grad[start:end] = part.transpose(1, 2).flatten(0, 1)
+    return grads[0], grads[1], grads[2]
