@@ -1,4 +1,4 @@
-"""``MTLLMConfig``: the published ``config.json`` (``model_type: nllb-llm2vec``), plus what the checkpoint leaves implicit."""
+"""``MTLLMConfig``: the published ``config.json``, plus what the published checkpoint leaves implicit."""
 
 from __future__ import annotations
 

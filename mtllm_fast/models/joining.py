@@ -75,8 +75,7 @@ def join(
 def _load_encoder(encoder: Any, dtype: torch.dtype | None, device_map: Any, hub: dict[str, Any]) -> PreTrainedModel:
     if isinstance(encoder, nn.Module):
         return encoder
-    model = M2M100ForConditionalGeneration.from_pretrained(encoder, dtype=dtype, device_map=device_map, **hub)
-    return model
+    return M2M100ForConditionalGeneration.from_pretrained(encoder, dtype=dtype, device_map=device_map, **hub)
 
 
 def _encoder_of(model: nn.Module) -> M2M100Encoder:

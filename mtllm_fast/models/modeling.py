@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import can_return_tuple
 
-from mtllm_fast.models import loading
+from mtllm_fast.models import encoding, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
@@ -42,7 +43,7 @@ class MTLLMPreTrainedModel(loading.CheckpointMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = "text"
     supports_gradient_checkpointing = True
-    _no_split_modules = list(PACKED_LAYER_NAMES)
+    _no_split_modules = PACKED_LAYER_NAMES
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -155,8 +156,74 @@ class MTLLM(MTLLMPreTrainedModel):
 
         return join(cls, encoder, llm, **kwargs)
 
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        src_lang: str | Sequence[str],
+        batch_size: int = 32,
+        *,
+        max_length: int = 512,
+        batch_tokens: int | None = None,
+        normalize_embeddings: bool = False,
+        convert_to_numpy: bool = False,
+        output: str = "pooled",
+        output_dtype: torch.dtype | None = None,
+        show_progress_bar: bool | None = None,
+        device: str | torch.device | None = None,
+    ) -> Any:
+        """Embed texts of any of NLLB's languages, one language for all or one per text.
+
+        Texts are batched by tokens with others of their length and come back in the input's order. An embedding does
+        not depend on what it was batched with. Stateless and thread-safe: the tokenizer's ``src_lang`` is never set.
+
+        Args:
+            sentences: one text or several; ``""`` is a text.
+            src_lang: FLORES-200 code such as ``"swh_Latn"`` (or an alias, see ``mtllm_fast.languages``).
+            batch_size: sets the default of ``batch_tokens``.
+            max_length: tokens per text, language code and ``</s>`` included; longer texts are truncated, with one
+                warning that counts them.
+            batch_tokens: tokens per batch; default ``batch_size * max_length``, what a padded batch of
+                ``batch_size`` texts may take.
+            normalize_embeddings: scale to unit length (computed in float32).
+            convert_to_numpy: return NumPy (float32 for a bfloat16 model) on the host instead of tensors.
+            output: ``"pooled"``: ``[N, D]``; ``"tokens"``: a list of ``[L_i, D]``, the states of each text's tokens.
+            output_dtype: default: the model's.
+            show_progress_bar: default: for long work on a terminal.
+            device: move the model there first.
+
+        Returns:
+            Tensor | numpy.ndarray | list: as above; without the first axis when ``sentences`` is one string.
+
+        Raises:
+            UnknownLanguageError: names the nearest codes.
+            TokenizerNotFoundError: neither beside the checkpoint nor at the configured id.
+
+        Example:
+
+            >>> from mtllm_fast import MTLLM
+            >>> model = MTLLM.from_pretrained("tiny")
+            >>> model.encode("Habari ya dunia", "swh_Latn", normalize_embeddings=True).norm().round().item()
+            1.0
+        """
+        if output not in encoding.OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(map(repr, encoding.OUTPUTS))}, got {output!r}")
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if device is not None:
+            self.to(device)
+        options = encoding.EncodeOptions(
+            max_length=max_length,
+            batch_tokens=batch_tokens or batch_size * max_length,
+            normalize=normalize_embeddings,
+            output=output,
+            dtype=output_dtype,
+            to_numpy=convert_to_numpy,
+        )
+        return encoding.encode(self, sentences, src_lang, options, show_progress_bar)
+
     def encode_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Pooled embeddings only: ids ``[T]``, ``cu_seqlens`` ``[B+1]`` -> ``[B, D]``; no ``[T, D]`` output is written."""
+        """Pooled embeddings only, no ``[T, D]`` output: ids ``[T]``, ``cu_seqlens`` ``[B+1]`` -> ``[B, D]``."""
         return self.pooled(prepare_inputs(self, input_ids, None, None, cu_seqlens, max_seqlen))
 
     def pooled(self, batch: PackedInputs) -> Tensor:

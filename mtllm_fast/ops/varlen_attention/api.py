@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mtllm_fast.core.backends import Backends, Explanation
 from mtllm_fast.core.checks import check_cu_seqlens, check_same_device, check_shape
-from mtllm_fast.ops.varlen_attention import cpu, libraries, schema
 from mtllm_fast.core.dispatch import needs_registered_op
+from mtllm_fast.ops.varlen_attention import cpu, libraries, schema
 from mtllm_fast.ops.varlen_attention.reference import varlen_attention_reference
 
 _OP = "varlen_attention"

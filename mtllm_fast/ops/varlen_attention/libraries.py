@@ -1,4 +1,4 @@
-"""The GPU paths: variable-length attention of the libraries that are installed. None pads or forms ``[L, L]`` in memory."""
+"""The GPU paths: variable-length attention of the installed libraries. None pads or forms ``[L, L]`` in memory."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ def varlen_attention_reference(
     groups = q.shape[1] // k.shape[1]
     outputs = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         q_HLd = q[start:end].transpose(0, 1)
         k_HLd, v_HLd = (t[start:end].repeat_interleave(groups, dim=1).transpose(0, 1) for t in (k, v))
         scores = q_HLd @ k_HLd.transpose(1, 2) * scale
