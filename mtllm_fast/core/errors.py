@@ -23,3 +23,7 @@ class CheckpointError(ValueError):
 
 class NotBidirectionalError(RuntimeError):
     """The load-time probe found that the LLM ignores later tokens, or reacts to padding."""
+
+
+class WrongResultError(RuntimeError):
+    """A benchmarked path computed something else than the reference, so its speed is not reported."""

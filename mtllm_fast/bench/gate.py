@@ -1,0 +1,83 @@
+"""Correctness before speed: no number is printed for an encoder that computes something else.
+
+Rule: against float64 truth, a peer's error may be at most 4 times (fp32, with a floor of 2e-6) or 1.5 times (bf16)
+the error that the padded Hugging Face reference makes at the same dtype, over all rows together. Then every row of
+the whole workload must agree with the reference's row within what the two errors allow, which no mixed-up, dropped or
+doubled text survives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtllm_fast.core.errors import WrongResultError
+
+ERROR_MULTIPLE = {torch.float32: 4.0, torch.bfloat16: 1.5}
+ERROR_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 0.0}
+# One row varies more than the norm over all of them, and here the reference errs as well.
+ROW_SLACK = 4.0
+
+
+def relative_error(output_BD: Tensor, truth_BD: Tensor) -> float:
+    """``|output - truth| / |truth|`` in the Frobenius norm; NaN anywhere gives NaN, which passes no gate."""
+    truth = truth_BD.double()
+    return float((output_BD.double() - truth).norm() / truth.norm())
+
+
+def worst_row_error(output_BD: Tensor, truth_BD: Tensor) -> float:
+    """The largest relative error of one row; NaN if any row has one."""
+    truth = truth_BD.double()
+    return float(((output_BD.double() - truth).norm(dim=1) / truth.norm(dim=1)).max())
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Accepts or refuses outputs, given what the reference computed on the same texts.
+
+    Args:
+        truth: float64 [B', D], embeddings of a sample of the texts.
+        reference_sample: the reference's embeddings of that sample [B', D].
+        reference_all: the reference's embeddings of the whole workload [B, D].
+    """
+
+    truth: Tensor
+    reference_sample: Tensor
+    reference_all: Tensor
+
+    @property
+    def reference_error(self) -> float:
+        return relative_error(self.reference_sample, self.truth)
+
+    @property
+    def allowed_error(self) -> float:
+        dtype = self.reference_sample.dtype
+        return max(ERROR_MULTIPLE[dtype] * self.reference_error, ERROR_FLOOR[dtype])
+
+    @property
+    def allowed_row_error(self) -> float:
+        dtype = self.reference_sample.dtype
+        row_error = max(worst_row_error(self.reference_sample, self.truth), ERROR_FLOOR[dtype])
+        return ROW_SLACK * (1 + ERROR_MULTIPLE[dtype]) * row_error
+
+    def check(self, name: str, sample: Tensor, everything: Tensor) -> float:
+        """The peer's error against the truth, if both of its outputs are right.
+
+        Raises:
+            WrongResultError: an error above the allowed one; the message has both.
+        """
+        error = relative_error(sample, self.truth)
+        if not error <= self.allowed_error:
+            raise WrongResultError(
+                f"{name}: relative error {error:.2e} against float64, allowed {self.allowed_error:.2e} "
+                f"(the reference's own is {self.reference_error:.2e}); no speed is reported for a wrong result"
+            )
+        row_error = worst_row_error(everything, self.reference_all)
+        if not row_error <= self.allowed_row_error:
+            raise WrongResultError(
+                f"{name}: one text differs from the reference by {row_error:.2e}, allowed "
+                f"{self.allowed_row_error:.2e}; no speed is reported for a wrong result"
+            )
+        return error

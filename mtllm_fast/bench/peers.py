@@ -1,0 +1,171 @@
+"""The ways to encode that the benchmark puts side by side. All start from the same token ids in host memory and end
+with the embeddings [B, D] on the device in input order; all read the same parameters.
+
+``reference``
+    What the published checkpoint's own ``encode`` does: Hugging Face modules, eager, SDPA, batches padded to their
+    longest text in input order, mean pooling under the mask.
+``reference-sorted``
+    The same, batches drawn from the whole set sorted by length (what sentence-transformers does).
+``compiled``
+    ``reference-sorted`` under ``torch.compile(dynamic=True)``; compilation happens in the warm-up and is counted apart.
+``translate-greedy``, ``translate-beam4`` (together ``translate-test``)
+    The same NLLB encoder with a decoder that generates English, then the LLM on the English tokens. Random weights
+    never emit ``</s>`` by themselves, so the length is forced: each text's translation is taken to be as long as the
+    text, and a batch ends with its longest translation. Batches are sorted by length, which favours this peer.
+``ours``
+    ``MTLLM.encode_packed`` on batches of similar length under a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtllm_fast.bench.sizes import Stack
+from mtllm_fast.bench.workloads import IdArray, Workload, flat
+
+PAD_ID = 1
+TRANSLATE_TEST = ("translate-greedy", "translate-beam4")
+PEERS = ("reference", "reference-sorted", "compiled", *TRANSLATE_TEST, "ours")
+
+Encode = Callable[[Sequence[IdArray]], Tensor]
+BatchForward = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Peer:
+    """One way to encode, and the texts on which it is timed."""
+
+    name: str
+    encode: Encode
+    workload: Workload
+    same_semantics: bool = True  # computes the method's embeddings, so it must pass the gate
+
+
+def resolve_peers(names: Sequence[str]) -> tuple[str, ...]:
+    """Peer names in the order of ``PEERS``, ``translate-test`` expanded.
+
+    Raises:
+        ValueError: a name that is no peer.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        if name != "translate-test" and name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)} or translate-test")
+        chosen.update(TRANSLATE_TEST if name == "translate-test" else (name,))
+    return tuple(name for name in PEERS if name in chosen)
+
+
+def pad(texts: Sequence[IdArray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask, int64 [N, L] each, on the device."""
+    longest = max(len(text) for text in texts)
+    ids_NL = np.full((len(texts), longest), PAD_ID, dtype=np.int64)
+    mask_NL = np.zeros((len(texts), longest), dtype=np.int64)
+    for row, text in enumerate(texts):
+        ids_NL[row, : len(text)] = text
+        mask_NL[row, : len(text)] = 1
+    return torch.from_numpy(ids_NL).to(device), torch.from_numpy(mask_NL).to(device)
+
+
+def by_length(texts: Sequence[IdArray]) -> IdArray:
+    """Indices of the texts, longest first: the largest batch comes first, so memory is reserved once."""
+    return np.argsort([-len(text) for text in texts], kind="stable")
+
+
+def in_input_order(rows: list[Tensor], order: IdArray) -> Tensor:
+    """Undo ``order``: row ``i`` of the result belongs to text ``i``."""
+    embeddings = torch.cat(rows)
+    restored = torch.empty_like(embeddings)
+    restored[torch.from_numpy(order).to(embeddings.device)] = embeddings
+    return restored
+
+
+def masked_mean(hidden_NLD: Tensor, mask_NL: Tensor) -> Tensor:
+    """``sum_l m_l h_l / sum_l m_l``, [N, D]."""
+    mask_NL1 = mask_NL.unsqueeze(-1).to(hidden_NLD.dtype)
+    return (hidden_NLD * mask_NL1).sum(1) / mask_NL1.sum(1)
+
+
+def reference_forward(stack: Stack) -> BatchForward:
+    """The padded Hugging Face forward: ids and mask [N, L] -> embeddings [N, D]."""
+
+    def forward(ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
+        encoded = stack.encoder(input_ids=ids_NL, attention_mask=mask_NL).last_hidden_state
+        hidden = stack.llm(inputs_embeds=stack.up_proj(encoded), attention_mask=mask_NL, use_cache=False)
+        return masked_mean(hidden.last_hidden_state, mask_NL)
+
+    return forward
+
+
+def padded_encode(forward: BatchForward, device: torch.device, batch_size: int, *, sort: bool) -> Encode:
+    """Encode in padded batches of ``batch_size`` texts, in input order or sorted by length over the whole set."""
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[IdArray]) -> Tensor:
+        order = by_length(texts) if sort else np.arange(len(texts))
+        batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        return in_input_order([forward(*pad([texts[i] for i in batch], device)) for batch in batches], order)
+
+    return encode
+
+
+def token_budget_batches(lengths: Sequence[int], order: IdArray, batch_tokens: int) -> list[IdArray]:
+    """Consecutive runs of ``order`` of at most ``batch_tokens`` tokens each; a longer text gets a batch of its own."""
+    batches, start, total = [], 0, 0
+    for position, index in enumerate(order):
+        if total and total + lengths[index] > batch_tokens:
+            batches.append(order[start:position])
+            start, total = position, 0
+        total += lengths[index]
+    return [*batches, order[start:]]
+
+
+def packed_encode(stack: Stack, batch_tokens: int) -> Encode:
+    """Encode with ``MTLLM.encode_packed``: texts of similar length, ``batch_tokens`` real tokens a batch."""
+    model, device = stack.model, stack.device
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[IdArray]) -> Tensor:
+        order, rows = by_length(texts), []
+        for batch in token_budget_batches([len(text) for text in texts], order, batch_tokens):
+            packed, cu_seqlens = flat([texts[i] for i in batch])
+            ids_T = torch.from_numpy(packed).to(device)
+            rows.append(model.encode_packed(ids_T, torch.from_numpy(cu_seqlens).to(device), len(texts[batch[0]])))
+        return in_input_order(rows, order)
+
+    return encode
+
+
+def translate_encode(stack: Stack, translator: Any, batch_size: int, num_beams: int) -> Encode:
+    """Translate each batch to English by forced-length generation, then encode the English with the LLM alone."""
+    device, vocabulary = stack.device, stack.llm.config.vocab_size
+    english_id = stack.encoder.config.vocab_size - 10  # any of the language codes: the weights are random
+
+    def forward(texts: list[IdArray]) -> Tensor:
+        ids_NL, mask_NL = pad(texts, device)
+        longest = ids_NL.shape[1]
+        generated = translator.generate(
+            input_ids=ids_NL,
+            attention_mask=mask_NL,
+            forced_bos_token_id=english_id,
+            min_new_tokens=longest,
+            max_new_tokens=longest,
+            num_beams=num_beams,
+            do_sample=False,
+        )
+        english_NL = generated[:, 1:] % vocabulary  # without the decoder's start token; the LLM has its own ids
+        hidden = stack.llm(input_ids=english_NL, attention_mask=mask_NL, use_cache=False).last_hidden_state
+        return masked_mean(hidden, mask_NL)
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[IdArray]) -> Tensor:
+        order = by_length(texts)
+        batches = [order[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        return in_input_order([forward([texts[i] for i in batch]) for batch in batches], order)
+
+    return encode
