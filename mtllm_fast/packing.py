@@ -49,6 +49,9 @@ class Packing(PackedLayout):
     def unpack(self, packed_T: Tensor) -> Tensor:
         """``[T, …] -> [N, L, …]``, zero at padding."""
         n, length = self.padded_shape
+        if self.dead_tail:
+            dead = torch.arange(packed_T.shape[0], device=packed_T.device) >= self.cu_seqlens[-1]
+            packed_T = packed_T.masked_fill(dead.view(-1, *(1,) * (packed_T.dim() - 1)), 0)
         grid = packed_T.new_zeros((n * length, *packed_T.shape[1:]))
         return grid.index_copy(0, self.indices, packed_T).unflatten(0, (n, length))
 
@@ -135,7 +138,7 @@ def _static_packing(attention_mask: Tensor) -> Packing:
     cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Packing(
         cu_seqlens=cu_seqlens,
-        position_ids=position_ids_from_cu_seqlens(cu_seqlens, n * length),
+        position_ids=position_ids_from_cu_seqlens(cu_seqlens, n * length).clamp(max=length - 1),
         max_seqlen=length,
         dead_tail=True,
         indices=torch.argsort((~mask).reshape(-1).to(torch.uint8), stable=True),

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, M2M100Config, PreTrainedConfig
 
 POOLINGS = ("mean", "cls", "eos")
+# The published checkpoint names no tokenizer; it is NLLB's, which this vocabulary identifies.
 PUBLISHED_ENCODER = "facebook/nllb-200-distilled-600M"
+PUBLISHED_VOCABULARY = 256206
 
 
 class MTLLMConfig(PreTrainedConfig):
@@ -61,6 +63,7 @@ class MTLLMConfig(PreTrainedConfig):
         return self.llm2vec_config.hidden_size
 
     @property
-    def default_tokenizer(self) -> str:
-        """Where to look for the tokenizer when the checkpoint folder has none."""
-        return self.tokenizer_name or self.nllb_config.name_or_path or PUBLISHED_ENCODER
+    def default_tokenizer(self) -> str | None:
+        """Where to look for the tokenizer when the checkpoint folder has none; None: nowhere."""
+        published = PUBLISHED_ENCODER if self.nllb_config.vocab_size == PUBLISHED_VOCABULARY else None
+        return self.tokenizer_name or self.nllb_config.name_or_path or published

@@ -1,4 +1,4 @@
-"""``encode``: texts to embeddings. Token-budget batches of similar length, tokenisation beside the model, no padding."""
+"""``encode``: texts to embeddings in token-budget batches of similar length, tokenised beside the model, unpadded."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def encode(
     """See ``MTLLM.encode``."""
     texts = [sentences] if isinstance(sentences, str) else list(sentences)
     languages = _resolve_languages(src_lang, len(texts))
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts):  # before the longest-first order would rename the index
         if not isinstance(text, str):
             raise TypeError(f"sentences must be strings, got {type(text).__name__} at index {i}")
     collector = _Collector(model, len(texts), options)
@@ -119,7 +119,7 @@ def _run(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray, options: Encode
 
 def _to_device(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray) -> PackedInputs:
     lengths = chunk.lengths[batch]
-    ids = torch.from_numpy(np.concatenate([chunk.ids_of(i) for i in batch]))
+    ids = torch.from_numpy(np.concatenate([chunk.ids[chunk.offsets[i] : chunk.offsets[i + 1]] for i in batch]))
     cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
     device = model.device
     if device.type == "cuda":

@@ -75,15 +75,13 @@ def _packed(
         raise ValueError(f"cu_seqlens must be int32 [B+1], got {cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}")
     if cu_seqlens.device != given.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the tokens are on {given.device}")
-    if max_seqlen is None:
-        raise ValueError("max_seqlen is required with cu_seqlens (an upper bound of the longest sentence, an int)")
     if given.dim() != (1 if inputs_embeds is None else 2):
         name, want = ("input_ids", "[T]") if inputs_embeds is None else ("inputs_embeds", "[T, d]")
         raise ValueError(f"with cu_seqlens, {name} must be {want}; got shape {list(given.shape)}")
     if input_ids is not None:
         _check_vocabulary(model, input_ids)
     position_ids = position_ids_from_cu_seqlens(cu_seqlens, given.shape[0])
-    layout = PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen)
+    layout = PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen or given.shape[0])
     return PackedInputs(layout, input_ids, inputs_embeds)
 
 

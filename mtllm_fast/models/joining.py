@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, M2M100ForConditionalGeneration, PreTrainedModel
+from transformers import AutoConfig, AutoModel, M2M100ForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
+from mtllm_fast.models.attention import DEFAULT_ATTENTION
 from mtllm_fast.models.configuration import MTLLMConfig
+from mtllm_fast.models.layers import PACKED_LLMS
 from mtllm_fast.models.probe import check_bidirectional
 
 if TYPE_CHECKING:
@@ -57,10 +59,11 @@ def join(
         llm_embeddings=llm_module.get_input_embeddings() is not None,
         tokenizer_name=encoder_module.config.name_or_path or None,
     )
-    if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
-    for module, sub_config in ((encoder_module, config.nllb_config), (llm_module, config.llm2vec_config)):
-        _adopt_config(module, sub_config, attn_implementation)
+    _adopt_config(encoder_module, config.nllb_config, attn_implementation or DEFAULT_ATTENTION)
+    packed = config.llm2vec_config.model_type in PACKED_LLMS
+    own_attention = DEFAULT_ATTENTION if packed else llm_module.config._attn_implementation
+    _adopt_config(llm_module, config.llm2vec_config, attn_implementation or own_attention)
+    config._attn_implementation_internal = attn_implementation or DEFAULT_ATTENTION
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config, nllb_encoder=encoder_module, llm2vec=llm_module)
@@ -107,11 +110,9 @@ def _decoder_of(model: nn.Module) -> PreTrainedModel:
     return decoder
 
 
-def _adopt_config(module: PreTrainedModel, config: Any, attn_implementation: str | None) -> None:
+def _adopt_config(module: PreTrainedModel, config: PreTrainedConfig, attn_implementation: str) -> None:
     """One config object for the tower and all its submodules, so that a switch reaches every layer."""
-    from mtllm_fast.models.attention import DEFAULT_ATTENTION
-
-    config._attn_implementation = attn_implementation or DEFAULT_ATTENTION
+    config._attn_implementation = attn_implementation
     for submodule in module.modules():
         if getattr(submodule, "config", None) is not None:
             submodule.config = config

@@ -165,4 +165,6 @@ def to_packed_layers(layers: nn.ModuleList) -> bool:
     return True
 
 
+# model_type of the LLMs whose layers are above.
+PACKED_LLMS = ("llama", "mistral", "qwen2", "qwen3")
 PACKED_LAYER_NAMES = tuple(c.__name__ for c in _PACKED_CLASS.values())

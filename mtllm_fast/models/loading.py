@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mtllm_fast")
 
-_LLM_EMBEDDINGS = "llm2vec.embed_tokens.weight"
+# Llama, Mistral, Qwen, Gemma, OPT; GPT-2; Bloom, Falcon; GPT-NeoX.
+LLM_EMBEDDINGS = re.compile(r"^llm2vec\.(.+\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 # What a head adds to a base checkpoint: trained afterwards, so it may be missing.
 _HEAD_KEYS = re.compile(r"^score\.(weight|bias)$")
 _CONFIG_FIELDS = (
@@ -78,7 +79,7 @@ class CheckpointMixin:
         """Save in the published key layout (safetensors, sharded when large), with the tokenizer when there is one."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         try:
-            tokenizer = self.tokenizer
+            tokenizer = self._find_tokenizer(local_files_only=True)
         except TokenizerNotFoundError as error:
             logger.warning("saved %s without a tokenizer: %s", save_directory, error)
             return
@@ -87,14 +88,22 @@ class CheckpointMixin:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The encoder's tokenizer: from the checkpoint's folder when it is there, else from the id in the config."""
-        base = self.base_model  # type: ignore[attr-defined]
-        if base._tokenizer is None:
-            base._tokenizer = load_tokenizer(base.config.name_or_path, base.config.default_tokenizer)
-        return base._tokenizer
+        return self._find_tokenizer()
 
     @tokenizer.setter
     def tokenizer(self, value: PreTrainedTokenizerBase) -> None:
         self.base_model._tokenizer = value  # type: ignore[attr-defined]
+
+    def _find_tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
+        base = self.base_model  # type: ignore[attr-defined]
+        if base._tokenizer is None:
+            sources = [source for source in (base.config.name_or_path, base.config.default_tokenizer) if source]
+            if not sources:
+                raise TokenizerNotFoundError(
+                    "this stack was made without a tokenizer; set model.tokenizer or config.tokenizer_name (an id or a path)"
+                )
+            base._tokenizer = load_tokenizer(*dict.fromkeys(sources), **hub)
+        return base._tokenizer
 
 
 def _resolve(path: str | os.PathLike | None) -> str | os.PathLike | None:
@@ -153,7 +162,7 @@ def _config_for(
             if key in kwargs:
                 setattr(config, key, kwargs.pop(key))
     config.up_proj_bias = "up_proj.bias" in keys
-    config.llm_embeddings = config.llm_embeddings and _LLM_EMBEDDINGS in keys
+    config.llm_embeddings = config.llm_embeddings and any(map(LLM_EMBEDDINGS.match, keys))
     return config, kwargs
 
 

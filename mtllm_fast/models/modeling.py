@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, M2M100Config, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import can_return_tuple
 
 from mtllm_fast.models import encoding, loading
-from mtllm_fast.models.attention import DEFAULT_ATTENTION
+from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
@@ -78,8 +78,7 @@ class MTLLM(MTLLMPreTrainedModel):
         nllb_encoder: M2M100Encoder | None = None,
         llm2vec: PreTrainedModel | None = None,
     ) -> None:
-        if config._attn_implementation is None:
-            _default_attention(config, (config.nllb_config, config.llm2vec_config))
+        use_default_attention(config)
         super().__init__(config)
         self.nllb_encoder = nllb_encoder if nllb_encoder is not None else _new_tower(config.nllb_config, M2M100Encoder)
         self.up_proj = nn.Linear(config.nllb_config.d_model, config.hidden_size, bias=bool(config.up_proj_bias))
@@ -89,7 +88,7 @@ class MTLLM(MTLLMPreTrainedModel):
         self.packed_llm = isinstance(layers, nn.ModuleList) and to_packed_layers(layers)
         if not config.llm_embeddings:
             self.llm2vec.set_input_embeddings(None)
-            self._keys_to_ignore_on_load_unexpected = [r"llm2vec\.embed_tokens\.weight"]
+            self._keys_to_ignore_on_load_unexpected = [loading.LLM_EMBEDDINGS.pattern]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -118,7 +117,8 @@ class MTLLM(MTLLMPreTrainedModel):
             inputs_embeds: instead of ``input_ids``, states of the encoder, ``[N, L, d]`` or ``[T, d]``, for example
                 cached ones: the encoder is skipped and they go to ``up_proj``.
             cu_seqlens: int32 ``[B+1]``: the input is packed, and so is the output.
-            max_seqlen: with ``cu_seqlens``, an upper bound of the longest sentence.
+            max_seqlen: with ``cu_seqlens``, an upper bound of the longest sentence; default T. A tight bound saves
+                the GPU from launching blocks that find nothing to do.
             output_hidden_states: also return the states of every layer of both towers.
 
         Returns:
@@ -222,7 +222,7 @@ class MTLLM(MTLLMPreTrainedModel):
         )
         return encoding.encode(self, sentences, src_lang, options, show_progress_bar)
 
-    def encode_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def encode_packed(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """Pooled embeddings only, no ``[T, D]`` output: ids ``[T]``, ``cu_seqlens`` ``[B+1]`` -> ``[B, D]``."""
         return self.pooled(prepare_inputs(self, input_ids, None, None, cu_seqlens, max_seqlen))
 
@@ -255,17 +255,8 @@ class MTLLM(MTLLMPreTrainedModel):
         return norm_pool(hidden_TD, norm.weight, batch.layout.cu_seqlens, eps=norm.variance_epsilon, pooling=pooling)
 
 
-def _default_attention(config: PreTrainedConfig, towers: tuple[PreTrainedConfig, ...]) -> None:
-    config._attn_implementation_internal = DEFAULT_ATTENTION
-    for tower in towers:
-        if tower._attn_implementation is None:
-            tower._attn_implementation = DEFAULT_ATTENTION
-
-
 def _new_tower(config: PreTrainedConfig, tower_class: Any = None) -> PreTrainedModel:
     """A randomly initialised tower in the default dtype (its sub-config's own dtype has no say in a stack)."""
     if tower_class is None:
         tower_class = AutoModel._model_mapping[type(config)]
-    if isinstance(config, M2M100Config) and not config.d_model % config.encoder_attention_heads == 0:
-        raise ValueError("nllb_config: d_model must be a multiple of encoder_attention_heads")
     return tower_class(config)

@@ -37,20 +37,21 @@ def check_bidirectional(model: MTLLM) -> None:
     if parameter.device.type == "meta":
         return
     if not model.packed_llm:
-        _check(type(llm).__name__, lambda x, cu: run_other_llm(llm, x, _layout(x, cu)), llm)
+        _check(type(llm).__name__, functools.partial(run_other_llm, llm), llm)
         return
     was_training = llm.training
     llm.eval()
     try:
-        _check(type(llm).__name__, lambda x, cu: run_llm(llm, x, _layout(x, cu), num_layers=1), llm)
+        _check(type(llm).__name__, functools.partial(run_llm, llm, num_layers=1), llm)
     finally:
         llm.train(was_training)
     _check_family(type(llm), type(llm.config))
 
 
-def _layout(x_TD: Tensor, cu_seqlens: Tensor) -> PackedLayout:
-    position_ids = position_ids_from_cu_seqlens(cu_seqlens, x_TD.shape[0])
-    return PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max(_LENGTHS))
+def _layout(*lengths: int, device: torch.device) -> PackedLayout:
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    position_ids = position_ids_from_cu_seqlens(cu_seqlens, sum(lengths))
+    return PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max(lengths))
 
 
 @functools.cache
@@ -64,19 +65,19 @@ def _check_family(llm_class: type[PreTrainedModel], config_class: type[PreTraine
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         miniature = llm_class(config).float().eval()
-    _check(llm_class.__name__, lambda x, cu: run_other_llm(miniature, x, _layout(x, cu)), miniature)
+    _check(llm_class.__name__, functools.partial(run_other_llm, miniature), miniature)
 
 
-def _check(name: str, run: Callable[[Tensor, Tensor], Tensor], llm: PreTrainedModel) -> None:
+def _check(name: str, run: Callable[[Tensor, PackedLayout], Tensor], llm: PreTrainedModel) -> None:
     weight = next(p for p in llm.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     # Small inputs, as token embeddings are: next to a large residual stream bf16 would round the reaction away.
     tokens = 0.02 * torch.randn(sum(_LENGTHS) + 1, llm.config.hidden_size, generator=generator)
     *x, other = tokens.to(weight.device, weight.dtype).split([*_LENGTHS, 1])
     changed = torch.cat((x[0][:-1], other))  # another last token in the first sentence
-    ends = torch.tensor([0, *_LENGTHS, *_LENGTHS], device=weight.device).cumsum(0).to(torch.int32)
-    first, second, first_changed, second_again = run(torch.cat((*x, changed, x[1])), ends).float().split(_LENGTHS * 2)
-    alone = run(x[0], ends[:2]).float()
+    together = run(torch.cat((*x, changed, x[1])), _layout(*_LENGTHS, *_LENGTHS, device=weight.device))
+    first, second, first_changed, second_again = together.float().split(_LENGTHS * 2)
+    alone = run(x[0], _layout(_LENGTHS[0], device=weight.device)).float()
 
     def difference(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max() / first.abs().max())

@@ -26,13 +26,14 @@ def _why_not_flash_kernels(q: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
 def why_not_flash_attn(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
-    return _why_not_flash_kernels(q) if _flash_attn_installed() else "flash-attn is not installed"
+    return _why_not_flash_kernels(q) or (None if _flash_attn_installed() else "flash-attn is not installed")
 
 
 def flash_attn(
@@ -45,6 +46,7 @@ def flash_attn(
     )
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _torch_varlen_parameters() -> frozenset[str]:
     """Argument names of ``varlen_attn``; empty where this PyTorch has none. They grew from 2.10 on."""
@@ -56,6 +58,8 @@ def _torch_varlen_parameters() -> frozenset[str]:
 
 
 def why_not_torch_varlen(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
+    if reason := _why_not_flash_kernels(q):
+        return reason
     parameters = _torch_varlen_parameters()
     if not parameters:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
@@ -63,7 +67,7 @@ def why_not_torch_varlen(q: Tensor, k: Tensor, scale: float, dropout_p: float) -
         return "it has no dropout"
     if "scale" not in parameters and abs(scale - q.shape[-1] ** -0.5) > 1e-6:
         return f"in PyTorch {torch.__version__} its scale is fixed"
-    return _why_not_flash_kernels(q)
+    return None
 
 
 def torch_varlen(
