@@ -88,9 +88,13 @@ def build_cuda_extension(nvcc: str, package: Path) -> None:
     }
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     flags = [f"-D{name}={value}" for name, value in options.items()]
-    subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *flags], check=True)
-    subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
-    subprocess.run([cmake, "--install", str(build), "--prefix", str(package)], check=True)
+    for arguments in (
+        ["-S", str(ROOT), "-B", str(build), *generator, *flags],
+        ["--build", str(build), "--parallel"],
+        ["--install", str(build), "--prefix", str(package)],
+    ):
+        if subprocess.run([cmake, *arguments]).returncode:
+            raise SystemExit(f"mtllm-fast: cmake {' '.join(arguments)} failed; MTLLM_FAST_CUDA=0 leaves CUDA out")
 
 
 NVCC, LEFT_OUT_BECAUSE = plan()

@@ -1,0 +1,56 @@
+"""The CUDA C++ kernels of ``norm_pool`` (csrc/norm_pool.cu). The partition is explained in ``chunks.py``.
+
+Same floors as the Triton kernels (see there); not yet measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtllm_fast.core import native
+from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
+
+POOLINGS = {"mean": 0, "cls": 1, "eos": 2}  # mtllm::Pooling
+
+
+def forward(
+    hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(pooled [B, D], Σ_t r_t x̂_t [B, D] fp32)"""
+    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
+    weight = _readable(weight, hidden_states)
+    chunk = chunk_tokens(T, B)
+    slots = num_slots(T, B, chunk) if pooling == "mean" and chunk < T else 0
+    pooled = hidden_states.new_empty(B, D)
+    normed_mean = torch.empty(B, D, dtype=torch.float32, device=pooled.device) if save else None
+    partial = torch.empty(slots, D, dtype=torch.float32, device=pooled.device)
+    status = native.extension().norm_pool_forward(
+        native.DTYPES[hidden_states.dtype], hidden_states.data_ptr(), hidden_states.stride(0),
+        weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(),
+        pooled.data_ptr(), 0 if normed_mean is None else normed_mean.data_ptr(), partial.data_ptr(),
+        T, B, D, chunk, eps, POOLINGS[pooling], pooled.device.index, native.stream(pooled),
+    )  # fmt: skip
+    native.check("norm_pool forward", status)
+    return pooled, normed_mean
+
+
+def backward(
+    grad_pooled: Tensor, hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str
+) -> Tensor:
+    """dh [T, D]"""
+    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
+    weight = _readable(weight, hidden_states)
+    grad_hidden = hidden_states.new_empty(T, D)
+    status = native.extension().norm_pool_backward(
+        native.DTYPES[hidden_states.dtype], grad_pooled.data_ptr(), hidden_states.data_ptr(), hidden_states.stride(0),
+        weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(), grad_hidden.data_ptr(),
+        T, B, D, chunk_tokens(T, B), eps, POOLINGS[pooling], grad_hidden.device.index, native.stream(grad_hidden),
+    )  # fmt: skip
+    native.check("norm_pool backward", status)
+    return grad_hidden
+
+
+def _readable(weight: Tensor, hidden_states: Tensor) -> Tensor:
+    """The kernels read a weight of the states' dtype or of float32."""
+    return weight if weight.dtype in (hidden_states.dtype, torch.float32) else weight.float()

@@ -1,0 +1,140 @@
+"""What torch sees of ``norm_pool``: two registered ops with fakes and a gradient, and the launcher behind them.
+
+The backends are imported when they are first chosen, so importing this file needs neither Triton nor the extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtllm_fast.core.backends import Backends
+from mtllm_fast.core.devices import why_not_triton
+from mtllm_fast.core.dispatch import needs_registered_op
+from mtllm_fast.core.native import why_not_cuda
+
+MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
+
+
+def _why_not_kernels(hidden_states: Tensor) -> str | None:
+    if hidden_states.dtype == torch.float64:
+        return "its kernels compute in float32 and the states are float64"
+    if not 0 < hidden_states.shape[1] <= MAX_WIDTH:
+        return f"its kernels take widths from 1 to {MAX_WIDTH} and the states have {hidden_states.shape[1]}"
+    return None
+
+
+BACKENDS = Backends(
+    "norm_pool",
+    {
+        "cuda": lambda hidden_states: why_not_cuda(hidden_states) or _why_not_kernels(hidden_states),
+        "triton": lambda hidden_states: why_not_triton(hidden_states) or _why_not_kernels(hidden_states),
+        "reference": lambda hidden_states: None,
+    },
+)
+_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "reference": "reference"}
+
+
+def _backend(name: str, hidden_states: Tensor) -> ModuleType:
+    chosen = BACKENDS.choose(name, hidden_states)
+    return importlib.import_module(f"mtllm_fast.ops.norm_pool.{_MODULES[chosen]}")
+
+
+def _rows(states: Tensor) -> Tensor:
+    """Backends read any row stride but only adjacent columns."""
+    return states if states.stride(1) == 1 else states.contiguous()
+
+
+def launch_forward(
+    hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(pooled [B, D], what the weight's gradient needs [B, D], or an empty tensor unless ``save``)"""
+    module = _backend(backend, hidden_states)
+    arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
+    pooled, normed_mean = module.forward(*arguments, save)
+    return pooled, hidden_states.new_empty(0) if normed_mean is None else normed_mean
+
+
+def launch_backward(
+    grad_pooled: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    pooling: str,
+    backend: str,
+) -> Tensor:
+    module = _backend(backend, hidden_states)
+    arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
+    return module.backward(grad_pooled.contiguous(), *arguments)
+
+
+torch.library.define(
+    "mtllm_fast::norm_pool",
+    "(Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, bool save, str backend)"
+    " -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "mtllm_fast::norm_pool_backward",
+    "(Tensor grad_pooled, Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, str backend)"
+    " -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("mtllm_fast::norm_pool", ("CPU", "CUDA"), launch_forward)
+torch.library.impl("mtllm_fast::norm_pool_backward", ("CPU", "CUDA"), launch_backward)
+
+forward_op = torch.ops.mtllm_fast.norm_pool.default
+backward_op = torch.ops.mtllm_fast.norm_pool_backward.default
+
+
+@torch.library.register_fake("mtllm_fast::norm_pool")
+def _fake_forward(
+    hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    pooled = hidden_states.new_empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
+    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    return pooled, torch.empty_like(pooled, dtype=wide) if save else hidden_states.new_empty(0)
+
+
+@torch.library.register_fake("mtllm_fast::norm_pool_backward")
+def _fake_backward(
+    grad_pooled: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    pooling: str,
+    backend: str,
+) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden_states, weight, cu_seqlens, ctx.eps, ctx.pooling, _, ctx.backend = inputs
+    normed_mean = output[1]
+    ctx.mark_non_differentiable(normed_mean)
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(
+        *((hidden_states, weight, cu_seqlens) if needs_hidden else (None, None, None)),
+        normed_mean if needs_weight else None,
+    )
+    ctx.weight_dtype = weight.dtype
+
+
+def _backward(ctx: Any, grad_pooled: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_states, weight, cu_seqlens, normed_mean = ctx.saved_tensors
+    grad_hidden = grad_weight = None
+    if hidden_states is not None:
+        launch = backward_op if needs_registered_op(grad_pooled, hidden_states, weight, cu_seqlens) else launch_backward
+        grad_hidden = launch(grad_pooled, hidden_states, weight, cu_seqlens, ctx.eps, ctx.pooling, ctx.backend)
+    if normed_mean is not None:
+        grad_weight = (grad_pooled * normed_mean).sum(0).to(ctx.weight_dtype)  # in normed_mean's wide dtype
+    return grad_hidden, grad_weight, None, None, None, None, None
+
+
+torch.library.register_autograd("mtllm_fast::norm_pool", _backward, setup_context=_setup_context)
