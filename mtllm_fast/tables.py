@@ -21,10 +21,10 @@ from mtllm_fast.text.languages import resolve_language
 
 
 class Row(NamedTuple):
-    """One text, NLLB's code of its language (None without a language column) and its id (default: row number from 0)."""
+    """One text, the NLLB code of its language, its id (default: the row number from 0)."""
 
     text: str
-    language: str | None
+    language: str
     id: str | int
 
 
@@ -43,6 +43,7 @@ class TextTable:
 
     path: Path
     text_column: str
+    language: str | None
     language_column: str | None
     id_column: str | None
 
@@ -69,14 +70,17 @@ class TextTable:
                 )
             yield Row(text, self._language(record, where), identity)
 
-    def _language(self, record: dict[str, Any], where: str) -> str | None:
-        if self.language_column is None:
-            return None
+    def _language(self, record: dict[str, Any], where: str) -> str:
+        if self.language is not None:
+            return self.language
+        assert self.language_column is not None  # one of the two, says open_table
         code = record[self.language_column]
+        if not isinstance(code, str):
+            raise ValueError(f"{where}: column {self.language_column!r} must hold a language code, got {_shown(code)}")
         try:
             return resolve_language(code)
-        except (UnknownLanguageError, TypeError) as error:
-            raise type(error)(f"{where}: column {self.language_column!r}: {error}") from None
+        except UnknownLanguageError as error:
+            raise UnknownLanguageError(f"{where}: column {self.language_column!r}: {error}") from None
 
     def chunks(self, size: int) -> Iterator[list[Row]]:
         """The rows in lists of ``size``, the last one shorter."""
@@ -105,21 +109,25 @@ class TextTable:
 
 def open_table(
     path: str | os.PathLike[str],
-    text_column: str | None = None,
+    *,
+    language: str | None = None,
     language_column: str | None = None,
+    text_column: str | None = None,
     id_column: str | None = None,
 ) -> TextTable:
     """A table of texts by the suffix of its name.
 
     Args:
         path: ``.txt`` (UTF-8, one text per line), ``.jsonl``, ``.csv``, ``.tsv`` (with a header) or ``.parquet``.
+        language: of all texts; any spelling that ``resolve_language`` takes.
+        language_column: instead, the column that holds each text's language.
         text_column: column of the texts; default ``text``. A ``.txt`` has no columns.
-        language_column: column of language codes, any spelling that ``resolve_language`` takes.
-        id_column: column of ids, strings or integers; default the row's number.
+        id_column: column of ids, strings or integers; default: the row's number.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, or columns asked of a ``.txt``.
+        UnknownLanguageError: with the nearest codes.
+        ValueError: another suffix, columns asked of a ``.txt``, not exactly one of language and language_column.
 
     Example:
         >>> import tempfile
@@ -137,7 +145,15 @@ def open_table(
         raise FileNotFoundError(f"{path}: no such file")
     if suffix == ".txt" and (text_column or language_column or id_column):
         raise ValueError(f"{path}: a .txt has one text per line and no columns: give one language for all of it")
-    return TextTable(path, text_column or "text", language_column, id_column)
+    if (language is None) == (language_column is None):
+        raise ValueError("give the language of the texts: either one code for all, or the column that holds it")
+    return TextTable(
+        path=path,
+        text_column=text_column or "text",
+        language=None if language is None else resolve_language(language),
+        language_column=language_column,
+        id_column=id_column,
+    )
 
 
 _Records = Iterator[tuple[int, dict[str, Any]]]  # line number from 1, and at least the columns asked for

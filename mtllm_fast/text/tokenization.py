@@ -135,7 +135,8 @@ _backends_lock = threading.Lock()
 def _backend(tokenizer: PreTrainedTokenizerBase) -> _Backend:
     with _backends_lock:
         backend = _backends.get(tokenizer)
-        if backend is None or backend.vocabulary_size != tokenizer.backend_tokenizer.get_vocab_size():  # tokens were added
+        tokens_now = tokenizer.backend_tokenizer.get_vocab_size()
+        if backend is None or backend.vocabulary_size != tokens_now:  # the user has added tokens
             backend = _backends[tokenizer] = _Backend(tokenizer)
         return backend
 

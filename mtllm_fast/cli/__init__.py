@@ -1,0 +1,1 @@
+"""The command line ``mtllm-fast``: thin commands over the library."""

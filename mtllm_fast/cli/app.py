@@ -1,0 +1,119 @@
+"""The commands and their options. Each imports its work when it runs, so ``--help`` needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtllm_fast.core.errors import CudaKernelError, NotBidirectionalError
+
+app = typer.Typer(
+    name="mtllm-fast",
+    help="Multilingual text embeddings from a translation encoder stacked under a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_EXPECTED_ERRORS = (ValueError, OSError, ImportError, CudaKernelError, NotBidirectionalError)
+
+
+class Dtype(str, Enum):
+    """Number formats of the model's weights and arithmetic."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Texts: .txt (one per line), .jsonl, .csv, .tsv, .parquet.")
+    ],
+    out: Annotated[Path, typer.Option(help="Embeddings: .npy (rows x width) or .parquet (ids and embeddings).")],
+    src_lang: Annotated[str | None, typer.Option(help="Language of all texts, such as swh_Latn or sw.")] = None,
+    lang_column: Annotated[str | None, typer.Option(help="Column that holds each text's language.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id; tiny is the embedded one.")] = "tiny",
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts. (default: text)")] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of ids, for .parquet. (default: the row number)")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Most tokens per text; longer texts are cut.")] = 512,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per batch. (default: 32 * max length)")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to unit length.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Format to compute in; auto is the checkpoint's.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows per shard: what a kill can cost.")] = 8192,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, drop unfinished work on it.")] = False,
+) -> None:
+    """Embed a file of texts. Killed at any moment, the same command goes on where it stopped."""
+    from mtllm_fast.cli.encode import EncodeJob, run
+
+    job = EncodeJob(
+        source=source,
+        out=out,
+        src_lang=src_lang,
+        lang_column=lang_column,
+        model=model,
+        text_column=text_column,
+        id_column=id_column,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        normalize=normalize,
+        dtype=dtype.value,
+        device=device,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
+    run(job)
+
+
+@app.command()
+def languages(
+    query: Annotated[str | None, typer.Argument(help="Part of a code or of an English name, or any alias.")] = None,
+) -> None:
+    """List the languages that the encoder reads, with their codes."""
+    from mtllm_fast.cli.languages import show
+
+    show(query)
+
+
+@app.command()
+def env(
+    check: Annotated[str | None, typer.Option(metavar="MODEL", help="Also check a checkpoint, value by value.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, GPU and backends (and why some do not work); exit code 1 when a checked model has problems."""
+    from mtllm_fast.cli.environment import show
+
+    if not show(check, as_json):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure throughput against the reference; `mtllm-fast bench --help` lists the options."""
+    from mtllm_fast.bench.command import bench as run_bench
+
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command()(run_bench)
+    program(context.args, prog_name="mtllm-fast bench")
+
+
+def main() -> None:
+    """The ``mtllm-fast`` program: what the user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except _EXPECTED_ERRORS as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
