@@ -100,7 +100,7 @@ class CheckpointMixin:
             sources = [source for source in (base.config.name_or_path, base.config.default_tokenizer) if source]
             if not sources:
                 raise TokenizerNotFoundError(
-                    "this stack was made without a tokenizer; set model.tokenizer or config.tokenizer_name (an id or a path)"
+                    "this stack was made without a tokenizer; set model.tokenizer or config.tokenizer_name (id or path)"
                 )
             base._tokenizer = load_tokenizer(*dict.fromkeys(sources), **hub)
         return base._tokenizer
