@@ -16,11 +16,12 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int | str]) 
     """Raises unless ``tensor`` has this shape; a string names a size that may be anything, e.g. ``("T", 4096)``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    same = len(tensor.shape) == len(shape) and all(
-        isinstance(expected, str) or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
-    )
+    actual = tensor.shape
+    same = len(actual) == len(shape)
+    for size, expected in zip(actual, shape, strict=False):  # no generator: this runs on every eager call
+        same = same and (size == expected or isinstance(expected, str))
     if not same:
-        raise ValueError(f"{op}: {name} must be {_shape(shape)}, got {_shape(tensor.shape)}")
+        raise ValueError(f"{op}: {name} must be {_shape(shape)}, got {_shape(actual)}")
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: Collection[torch.dtype]) -> None:

@@ -1,10 +1,12 @@
-"""The two doors of an op: a plain eager call goes straight to the launcher, any other through the registered op.
+"""The two doors of an op: a plain eager call goes straight to the launcher, a watched one through the registered op.
 
-A ``torch.library`` op costs a few microseconds per call, which pay only when somebody looks: torch.compile, autograd,
-fake tensors, dispatch and function modes (FLOP counters, selective checkpointing), torch.func.
+The dispatcher and a registered gradient cost tens of microseconds per call, which pay only when somebody looks:
+torch.compile, fake tensors, dispatch and function modes (FLOP counters, selective checkpointing), tensor subclasses.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def needs_registered_op(*tensors: Tensor) -> bool:
+def watched(*tensors: Tensor) -> bool:
     """Whether this call must go through the registered op, so that whoever watches sees it."""
     if (
         torch.compiler.is_compiling()
@@ -21,11 +23,33 @@ def needs_registered_op(*tensors: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return True
-    grad = torch.is_grad_enabled()
     for tensor in tensors:  # noqa: SIM110 (half the time of any(), on every eager call)
-        if (grad and tensor.requires_grad) or type(tensor) not in _PLAIN or tensor.is_meta:
+        if type(tensor) not in _PLAIN or tensor.is_meta:
             return True
     return False
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd records this call."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
+def needs_registered_op(*tensors: Tensor) -> bool:
+    """The same question for an op whose gradient is known to the registered op alone."""
+    return watched(*tensors) or needs_grad(*tensors)
+
+
+def differentiable_once(backward_op: str) -> None:
+    """Makes a gradient of ``backward_op`` raise; without this, torch warns and treats its result as a constant."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{backward_op} has no gradient: the op can be differentiated once only")
+
+    torch.library.register_autograd(backward_op, refuse)
 
 
 def savable(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_choice, check_cu_seqlens, check_dtype, check_same_device, check_shape
-from mtllm_fast.core.dispatch import needs_registered_op, savable
+from mtllm_fast.core.dispatch import needs_grad, watched
 from mtllm_fast.ops.norm_pool import schema
 
 POOLINGS = ("mean", "cls", "eos")
@@ -52,12 +52,12 @@ def norm_pool(
             [1.0000, 1.0000]])
     """
     _check(hidden_states, weight, cu_seqlens, pooling)
-    save = torch.is_grad_enabled() and weight.requires_grad
-    if not needs_registered_op(hidden_states, weight, cu_seqlens):
-        return schema.launch_forward(hidden_states, weight, cu_seqlens, eps, pooling, save, backend)[0]
-    if hidden_states.requires_grad:
-        weight, cu_seqlens = savable(weight), savable(cu_seqlens)
-    return schema.forward_op(hidden_states, weight, cu_seqlens, eps, pooling, save, backend)[0]
+    arguments = (hidden_states, weight, cu_seqlens, eps, pooling, needs_grad(weight), backend)
+    if watched(hidden_states, weight, cu_seqlens):
+        return schema.forward_op(*arguments)[0]
+    if needs_grad(hidden_states, weight):
+        return schema.EagerNormPool.apply(*arguments)[0]
+    return schema.launch_forward(*arguments)[0]
 
 
 def explain(
