@@ -64,14 +64,18 @@ def check_output(out: Path, overwrite: bool) -> None:
     Raises:
         ValueError: an unknown suffix.
         FileNotFoundError: its folder does not exist.
-        FileExistsError: it exists, is no unfinished job's, and ``overwrite`` is False.
+        FileExistsError: it exists, no job on it is unfinished, and ``overwrite`` is False.
     """
     if out.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"{out}: must end in {' or '.join(OUTPUT_SUFFIXES)}, got {out.suffix or 'no suffix'}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: its folder {out.parent} does not exist")
-    if out.exists() and not overwrite and not (work_folder(out) / _MANIFEST).exists():
-        raise FileExistsError(f"{out} exists; --overwrite replaces it")
+    if out.exists() and not overwrite and not work_folder(out).exists():
+        raise _exists(out)
+
+
+def _exists(out: Path) -> FileExistsError:
+    return FileExistsError(f"{out} exists; --overwrite replaces it")
 
 
 def work_folder(out: Path) -> Path:
@@ -109,6 +113,8 @@ class Shards:
 
     @property
     def missing(self) -> list[int]:
+        if self.finished:
+            return []
         return [index for index in range(self.job.shards) if index not in self._files]
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -155,6 +161,9 @@ class Shards:
                 self._remove()
             else:
                 self._find_shards()
+        elif self.out.exists() and not overwrite:  # died between the last file of the work folder and the folder
+            self._remove()
+            raise _exists(self.out)
         else:
             self._remove_files()
             self._write_manifest()

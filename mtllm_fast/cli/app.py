@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_EXPECTED_ERRORS = (ValueError, OSError, ImportError, CudaKernelError, NotBidirectionalError)
+_EXPECTED_ERRORS = (ValueError, OSError, CudaKernelError, NotBidirectionalError)
 
 
 class Dtype(str, Enum):
@@ -115,5 +115,5 @@ def main() -> None:
     try:
         app()
     except _EXPECTED_ERRORS as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

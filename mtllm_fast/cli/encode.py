@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mtllm_fast import MTLLM, __version__
+from mtllm_fast.cli.check import check_exists
 from mtllm_fast.shards import ShardedJob, Shards, check_output, open_shards
 from mtllm_fast.tables import Row, TableFacts, TextTable, open_table
 
@@ -50,6 +51,7 @@ def run(job: EncodeJob) -> None:
     if (job.src_lang is None) == (job.lang_column is None):
         raise ValueError("give the language of the texts: either --src-lang CODE or --lang-column NAME")
     check_output(job.out, job.overwrite)
+    check_exists(job.model)
     if job.id_column is not None and job.out.suffix.lower() != ".parquet":
         raise ValueError("--id-column needs an OUT that ends in .parquet: .npy has no place for ids")
     if job.id_column == "embedding":

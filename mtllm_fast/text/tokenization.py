@@ -51,12 +51,15 @@ class TokenizedTexts:
         return np.diff(self.offsets)
 
 
-def load_tokenizer(path_or_id: str | os.PathLike[str], *fallbacks: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path_or_id: str | os.PathLike[str], *fallbacks: str | None, **hub_kwargs: Any
+) -> PreTrainedTokenizerBase:
     """The first tokenizer with NLLB language codes among a checkpoint folder or hub id and its fallbacks.
 
     Args:
         path_or_id: the checkpoint: a folder or a hub id.
-        fallbacks: where to look when the checkpoint brings none, such as ``facebook/nllb-200-distilled-600M``.
+        fallbacks: where to look when the checkpoint brings none, such as ``facebook/nllb-200-distilled-600M``; None
+            and ``""`` stand for nowhere.
         hub_kwargs: ``token``, ``cache_dir``, ``local_files_only`` …; ``revision`` and ``subfolder`` concern the
             checkpoint only.
 
@@ -68,7 +71,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], *fallbacks: str, **hub_kw
         ValueError: a tokenizer that cannot produce ``[language] tokens </s>`` in the order that NLLB was trained on.
     """
     tried: list[str] = []
-    for source in filter(None, (os.fspath(path_or_id), *fallbacks)):  # a model made from scratch has no path
+    for source in filter(None, (os.fspath(path_or_id), *fallbacks)):
         tokenizer = _try_load(source, hub_kwargs, tried)
         if tokenizer is not None:
             if tried:
