@@ -7,6 +7,8 @@ static size makes) belong to no sentence.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,24 @@ class Packing(PackedLayout):
         return grid.index_copy(0, self.indices, packed_T).unflatten(0, (n, length))
 
 
+def pack_token_ids(token_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Tokenised texts as packed inputs of ``MTLLM.forward``: ``input_ids`` [T] and ``cu_seqlens`` [B+1].
+
+    Their sizes are marked dynamic, so that a model under ``torch.compile`` is compiled once for all lengths.
+
+    >>> pack_token_ids([[5, 6], [7, 8, 9]])
+    {'input_ids': tensor([5, 6, 7, 8, 9]), 'cu_seqlens': tensor([0, 2, 5], dtype=torch.int32)}
+    """
+    ends = itertools.accumulate((len(ids) for ids in token_ids), initial=0)
+    packed = {
+        "input_ids": torch.tensor([i for ids in token_ids for i in ids], dtype=torch.int64, device=device),
+        "cu_seqlens": torch.tensor(list(ends), dtype=torch.int32, device=device),
+    }
+    for tensor in packed.values():
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return packed
+
+
 def position_ids_from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Position of each packed token in its sentence: int64 [T], with no host synchronisation.
 
@@ -97,7 +117,7 @@ def packing_from_mask(attention_mask: Tensor) -> Packing:
         return _static_packing(attention_mask)
     mask = attention_mask.cpu()
     binary = mask.bool()
-    if not mask.is_floating_point() and mask.dtype != torch.bool and not torch.equal(binary.to(mask.dtype), mask):
+    if not torch.equal(binary.to(mask.dtype), mask):
         raise ValueError("attention_mask must hold 0 and 1 only")
     n, length = binary.shape
     lengths = binary.sum(1)

@@ -42,7 +42,6 @@ class Case:
                 failures.append(f"{name}: relative error {error:.2e}, allowed {bound:.2e}")
         assert not failures, f"{self.name} in {mode}: " + "; ".join(failures)
 
-
     def check_gradients(self, mode: str, **got: Tensor) -> None:
         """The rule for gradients: all of them together as one vector, and each tensor within 2 (bf16) times.
 
@@ -54,7 +53,11 @@ class Case:
             truth = self.expected[name].double()
             error, scale = float((value.double() - truth).norm()), float(truth.norm())
             recorded = self.spec["ref_errors"][mode][name]["rel_l2"]
-            assert error <= scale * max({"fp32": 4, "bf16": 2}[mode] * recorded, FLOOR[mode]), (name, error / scale, recorded)
+            assert error <= scale * max({"fp32": 4, "bf16": 2}[mode] * recorded, FLOOR[mode]), (
+                name,
+                error / scale,
+                recorded,
+            )
             errors.append(error**2)
             bounds.append((scale * max(FACTOR[mode] * recorded, FLOOR[mode])) ** 2)
         assert sum(errors) <= sum(bounds), (sum(errors) ** 0.5, sum(bounds) ** 0.5)

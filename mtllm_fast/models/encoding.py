@@ -29,6 +29,14 @@ _TEXTS_PER_CHUNK = 1024  # tokenised at once, beside the model's work on the chu
 OUTPUTS = ("pooled", "tokens")
 
 
+_CPU_BATCH_TOKENS = 2048
+
+
+def default_batch_tokens(device: torch.device, batch_size: int, max_length: int) -> int:
+    """Tokens per batch when the caller names none."""
+    return min(batch_size * max_length, _CPU_BATCH_TOKENS) if device.type == "cpu" else batch_size * max_length
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """The checked options of one ``encode`` call."""

@@ -183,7 +183,7 @@ class MTLLM(MTLLMPreTrainedModel):
             max_length: tokens per text, language code and ``</s>`` included; longer texts are truncated, with one
                 warning that counts them.
             batch_tokens: tokens per batch; default ``batch_size * max_length``, what a padded batch of
-                ``batch_size`` texts may take.
+                ``batch_size`` texts may take, and at most 2048 on a CPU, whose caches larger batches leave.
             normalize_embeddings: scale to unit length (computed in float32).
             convert_to_numpy: return NumPy (float32 for a bfloat16 model) on the host instead of tensors.
             output: ``"pooled"``: ``[N, D]``; ``"tokens"``: a list of ``[L_i, D]``, the states of each text's tokens.
@@ -214,7 +214,7 @@ class MTLLM(MTLLMPreTrainedModel):
             self.to(device)
         options = encoding.EncodeOptions(
             max_length=max_length,
-            batch_tokens=batch_tokens or batch_size * max_length,
+            batch_tokens=batch_tokens or encoding.default_batch_tokens(self.device, batch_size, max_length),
             normalize=normalize_embeddings,
             output=output,
             dtype=output_dtype,
