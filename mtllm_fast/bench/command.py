@@ -78,4 +78,6 @@ def bench(
 
 def main() -> None:
     """Run ``bench`` as a program of its own."""
-    typer.run(bench)
+    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    program.command()(bench)
+    program()

@@ -1,0 +1,253 @@
+"""Build, test, sanitise and benchmark on the GPU of this machine, in one command and under ten minutes.
+
+    python benchmarks/gpu_suite.py --out results-gpu
+    python benchmarks/gpu_suite.py --out results-gpu --stages build,tests
+    python benchmarks/gpu_suite.py --dry-run
+
+Each stage is a process of its own with a time budget and a result file. A stage that fails or runs out of time (its
+whole process group is killed) does not stop the next ones. Nothing is fetched from a network. DIR ends up with at
+most eight files: ``<stage>.log`` or ``<stage>.json`` per stage, ``benchmarks.log`` (what the benchmark stages
+printed) and ``summary.json``, which is rewritten after every stage.
+
+Exit code: 0, every chosen stage passed; 1, a stage failed or timed out; 3, none failed, but stages that need a GPU
+could not run because there is none (status "no GPU").
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL_SECONDS = 590.0
+MAX_FILE_BYTES = 15 * 2**20
+SMALL_KERNELS = "benchmarks/sanitizer_target.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Commands that run one after the other until one fails, within one budget.
+
+    ``files`` are the result files, beside the log, that the commands write into DIR.
+    """
+
+    name: str
+    budget_seconds: float
+    commands: tuple[tuple[str, ...], ...]
+    log: str
+    files: tuple[str, ...] = ()
+    needs_gpu: bool = True
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def sanitizer(tool: str, *options: str) -> tuple[str, ...]:
+    """One compute-sanitizer run over small shapes of every CUDA kernel of ours, and of no other library."""
+    ours_alone = ("--kernel-regex", "kns=mtllm", "--error-exitcode", "9")
+    return ("compute-sanitizer", "--tool", tool, *options, *ours_alone, sys.executable, SMALL_KERNELS)
+
+
+def throughput(out: Path, workload: str, peers: str, texts: int, rounds: int) -> tuple[str, ...]:
+    """One throughput run at 8B."""
+    return (
+        sys.executable, "benchmarks/throughput.py", "--size", "8b", "--dtype", "bf16", "--device", "cuda",
+        "--workload", workload, "--peers", peers, "--sentences", str(texts), "--rounds", str(rounds),
+        "--out", str(out), "--no-plot",
+    )  # fmt: skip
+
+
+def all_stages(out: Path) -> list[Stage]:
+    """The suite, cheap and indispensable stages first: what the total budget cuts off is at the end."""
+    python = sys.executable
+    peers = "reference,reference-sorted,ours"
+    sentences, documents = out / "sentences.json", out / "documents.json"
+    return [
+        Stage(
+            "build",
+            90,
+            ((python, "setup.py", "build_ext", "--inplace"), (python, "-m", "mtllm_fast.cli", "env")),
+            log="build.log",
+            needs_gpu=False,
+            environment=(("MTLLM_FAST_CUDA", "1"),),
+        ),
+        Stage("tests", 150, ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), log="tests.log"),
+        Stage(
+            "sentences",
+            120,
+            (throughput(sentences, "sentences", f"{peers},translate-test", texts=1024, rounds=5),),
+            log="benchmarks.log",
+            files=("sentences.json",),
+        ),
+        Stage(
+            "ops",
+            90,
+            ((python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'ops.json'}"),),
+            log="benchmarks.log",
+            files=("ops.json",),
+        ),
+        Stage(
+            "sanitizer",
+            90,
+            (
+                sanitizer("memcheck", "--leak-check", "no"),
+                sanitizer("racecheck", "--racecheck-report", "all"),
+                sanitizer("initcheck"),
+            ),
+            log="sanitizer.log",
+            # Freed and uninitialised memory must be visible to the tools, not pooled by torch's allocator.
+            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        ),
+        Stage(
+            "documents",
+            90,
+            (throughput(documents, "documents", peers, texts=192, rounds=5),),
+            log="benchmarks.log",
+            files=("documents.json",),
+        ),
+        # Compiling 44 layers may take longer than all the rest, so it comes last and apart; it adds a second line to
+        # the result of "sentences".
+        Stage(
+            "compiled",
+            150,
+            (throughput(sentences, "sentences", f"{peers},compiled", texts=1024, rounds=3),),
+            log="benchmarks.log",
+            files=("sentences.json",),
+        ),
+    ]
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU; asked in another process, so that this one holds no CUDA context."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def run_command(
+    command: Sequence[str], environment: dict[str, str], log: Path, seconds: float
+) -> tuple[str, int | None]:
+    """Run one command with its output appended to ``log``; its whole process group is killed after ``seconds``.
+
+    Returns:
+        ``("passed", 0)``, ``("failed", code)``, or ``("timed out", None)``.
+    """
+    with log.open("ab") as file:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        try:
+            # A group, not a session, of its own: whoever ends this program's session ends the command too.
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+            )
+        except OSError as error:
+            file.write(f"{error}\n".encode())
+            return "failed", None
+        try:
+            code = process.wait(timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            file.write(f"\nkilled after {seconds:.0f} s\n".encode())
+            return "timed out", None
+        finally:
+            kill_group(process)
+    return ("passed" if code == 0 else "failed"), code
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a command: a child that outlived it would hold the GPU during the next stage."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
+    """Run the stage's commands within ``seconds``, all together."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        **dict(stage.environment),
+    }
+    start = time.monotonic()
+    status, code = "passed", None
+    for command in stage.commands:
+        status, code = run_command(command, environment, out / stage.log, seconds - (time.monotonic() - start))
+        if status != "passed":
+            break
+    return {"stage": stage.name, "status": status, "exit_code": code, "seconds": round(time.monotonic() - start, 1)}
+
+
+def shorten(path: Path) -> None:
+    """Cut the middle out of a file that grew beyond what is worth carrying home."""
+    if path.exists() and path.stat().st_size > MAX_FILE_BYTES:
+        half = MAX_FILE_BYTES // 2
+        content = path.read_bytes()
+        path.write_bytes(content[:half] + b"\n[... cut ...]\n" + content[-half:])
+
+
+def run_suite(stages: Sequence[Stage], out: Path, say: Callable[[str], None] = print) -> int:
+    """Run the stages in order and return the exit code (see the module's docstring)."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in {name for stage in stages for name in (stage.log, *stage.files)}:
+        (out / name).unlink(missing_ok=True)  # an old result must not pass for this run's
+    deadline = time.monotonic() + TOTAL_SECONDS
+    gpu = any(stage.needs_gpu for stage in stages) and has_gpu()
+    results: list[dict[str, object]] = []
+    for stage in stages:
+        left = deadline - time.monotonic()
+        if stage.needs_gpu and not gpu:
+            result: dict[str, object] = {"stage": stage.name, "status": "no GPU"}
+        elif left < 5:
+            result = {"stage": stage.name, "status": "timed out", "seconds": 0.0}
+        else:
+            say(f"{stage.name}: at most {min(stage.budget_seconds, left):.0f} s")
+            result = run_stage(stage, out, min(stage.budget_seconds, left))
+            shorten(out / stage.log)
+        result["files"] = [name for name in dict.fromkeys((stage.log, *stage.files)) if (out / name).exists()]
+        results.append(result)
+        (out / "summary.json").write_text(json.dumps({"stages": results}, indent=2) + "\n")
+    say(f"\n{'stage':<12}{'status':<12}{'seconds':>8}  files")
+    for result in results:
+        files = ", ".join(result["files"])  # type: ignore[arg-type]
+        say(f"{result['stage']:<12}{result['status']:<12}{result.get('seconds', '-'):>8}  {files}")
+    statuses = {result["status"] for result in results}
+    if statuses & {"failed", "timed out"}:
+        return 1
+    return 3 if "no GPU" in statuses else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
+    parser.add_argument("--stages", metavar="A,B", help="only these, in the suite's order")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    stages = all_stages(out)
+    if options.stages is not None:
+        chosen = options.stages.split(",")
+        known = [stage.name for stage in stages]
+        if unknown := sorted(set(chosen) - set(known)):
+            parser.error(f"unknown stage {', '.join(unknown)}; choose from {', '.join(known)}")
+        stages = [stage for stage in stages if stage.name in chosen]
+    if options.dry_run:
+        for stage in stages:
+            print(f"{stage.name} (at most {stage.budget_seconds:.0f} s{', needs a GPU' if stage.needs_gpu else ''})")
+            for command in stage.commands:
+                print(f"    {' '.join((*(f'{k}={v}' for k, v in stage.environment), *command))}")
+        print(f"at most {min(TOTAL_SECONDS, sum(stage.budget_seconds for stage in stages)):.0f} s in all")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running command is ended
+    return run_suite(stages, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
