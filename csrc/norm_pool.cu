@@ -1,5 +1,5 @@
-// norm_pool: pooled[b] = sum_t r_t * weight * h_t * rstd_t over the tokens t of sentence b, with r_t = 1/L_b (mean) or 1 for
-// the one token taken (cls, eos). One block works on one chunk of one sentence; a thread keeps the same columns throughout.
+// norm_pool: pooled[b] = sum_t r_t * weight * h_t * rstd_t over the tokens t of sentence b, with r_t = 1/L_b (mean), or 1 for
+// the one token taken (cls, eos). One block works on one chunk of a sentence; a thread keeps the same columns throughout.
 #include "mtllm/norm_pool.h"
 
 #include <algorithm>
@@ -96,7 +96,7 @@ __device__ void load_rows(Vec<T, S::VEC> (&rows)[S::ROWS][S::LOADS], const Args&
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
-    forward_kernel(const Args args, T* pooled, float* normed_mean, float* partial) {
+    norm_pool_forward_kernel(const Args args, T* pooled, float* normed_mean, float* partial) {
   __shared__ Vec<float, S::ROWS> scratch[kMaxWarps];
   const bool mean = args.pooling == Pooling::kMean;
   const Chunk c = mean ? find_chunk(args, blockIdx.x) : find_token(args, blockIdx.x);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
 // Adds up the chunks of each sentence of several. A block of (columns, lanes) threads: lane l takes chunks l, l + lanes, ...
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
-    combine_kernel(const Args args, const float* partial, T* pooled, float* normed_mean) {
+    norm_pool_combine_kernel(const Args args, const float* partial, T* pooled, float* normed_mean) {
   __shared__ float scratch[kCombineThreads];
   const int b = blockIdx.x;
   const int start = args.cu_seqlens[b], length = args.cu_seqlens[b + 1] - start;
@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 // grad_h_t = rstd_t * (g - h_t * rstd_t^2 * <g, h_t> / D) with g = r_t * weight * grad_pooled[b]; each row is written once.
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS) backward_kernel(const Args args, const T* grad_pooled, T* grad_hidden) {
+__global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
+    norm_pool_backward_kernel(const Args args, const T* grad_pooled, T* grad_hidden) {
   __shared__ Vec<float, 2 * S::ROWS> scratch[kMaxWarps];
   const Chunk c = find_chunk(args, blockIdx.x);
   if (c.begin >= c.end) return;
@@ -252,7 +253,7 @@ void combine(const Args& args, const float* partial, T* pooled, float* normed_me
   while (lanes < 16 && lanes * args.num_sentences < slots(args)) lanes *= 2;
   const dim3 block(kCombineThreads / lanes, lanes);
   const dim3 grid(args.num_sentences, divide_up(args.width, block.x));
-  combine_kernel<T><<<grid, block, 0, stream>>>(args, partial, pooled, normed_mean);
+  norm_pool_combine_kernel<T><<<grid, block, 0, stream>>>(args, partial, pooled, normed_mean);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -295,7 +296,8 @@ Status norm_pool_forward(DType dtype, const void* hidden_states, int64_t row_str
     using S = decltype(shape);
     const bool mean = pooling == Pooling::kMean;
     T* out = static_cast<T*>(pooled);
-    forward_kernel<T, S><<<mean ? slots(args) : num_sentences, threads<S>(args), 0, stream>>>(args, out, normed_mean, partial);
+    const int64_t blocks = mean ? slots(args) : num_sentences;
+    norm_pool_forward_kernel<T, S><<<blocks, threads<S>(args), 0, stream>>>(args, out, normed_mean, partial);
     if (mean && num_tokens > chunk) combine<T>(args, partial, out, normed_mean, stream);
     return cudaGetLastError();
   });
@@ -311,8 +313,8 @@ Status norm_pool_backward(DType dtype, const void* grad_pooled, const void* hidd
   return dispatch(dtype, args, grad_pooled, device, [&](auto t, auto shape) -> Status {
     using T = decltype(t);
     using S = decltype(shape);
-    backward_kernel<T, S><<<slots(args), threads<S>(args), 0, stream>>>(args, static_cast<const T*>(grad_pooled),
-                                                                       static_cast<T*>(grad_hidden));
+    norm_pool_backward_kernel<T, S><<<slots(args), threads<S>(args), 0, stream>>>(
+        args, static_cast<const T*>(grad_pooled), static_cast<T*>(grad_hidden));
     return cudaGetLastError();
   });
 }

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from mtllm_fast.core import native
+from mtllm_fast.core.aot import CudaCase
 from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
 
 POOLINGS = {"mean": 0, "cls": 1, "eos": 2}  # mtllm::Pooling
+
+# By columns per load (Li1: unaligned rows; Li4, Li8: 16 bytes) and per thread. With 80 registers three blocks of 256
+# threads fit a multiprocessor. The states are read once, by loads marked evict-first (EF).
+WIDE = (r"LDG\.E\.EF\.128",)
+LINT_CASES = (
+    CudaCase(r"norm_pool_(forward|backward)_kernel.*Li[48]ELi16E", max_registers=80, must_contain=WIDE),
+    CudaCase(r"norm_pool_(forward|backward)_kernel.*Li[48]ELi(8|32)E", max_registers=128, must_contain=WIDE),
+    CudaCase(r"norm_pool_(forward|backward)_kernel.*Li1ELi32E", max_registers=128),
+    CudaCase(r"norm_pool_combine_kernel", max_registers=40),
+)
 
 
 def forward(

@@ -149,7 +149,10 @@ class EagerNormPool(torch.autograd.Function):
         _setup_context(ctx, inputs, output)  # called here: torch's own call of it inspects the signature every time
         return output
 
-    backward = staticmethod(once_differentiable(_backward))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
 
 
 torch.library.register_autograd("mtllm_fast::norm_pool", _backward, setup_context=_setup_context)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtllm_fast.core.aot import TritonCase
 from mtllm_fast.core.devices import guard
 from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
 
@@ -20,6 +21,7 @@ from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
 VARYING = ["T", "B", "chunk"]
 TILE = 8192  # elements of h per loop step
 SENTENCES = 256  # of cu_seqlens per loop step
+PINNED = {"enable_fp_fusion": True}  # Triton 3.10 changes the default, and with it the last bits of the results
 
 
 @triton.jit
@@ -155,7 +157,13 @@ def blocks(width: int) -> dict[str, int]:
     """Block sizes and warps for a row width: fixed by D alone, so that no batch compiles anything new."""
     width_block = triton.next_power_of_2(width)
     rows = max(1, TILE // width_block)
-    return {"BD": width_block, "BT": rows, "num_warps": max(4, min(16, rows * width_block // 1024))}
+    return {"BD": width_block, "BT": rows, "num_warps": 8 if width_block <= TILE else 16, **PINNED}
+
+
+def combine_blocks(width: int, num_sentences: int) -> dict[str, int]:
+    """Few sentences: few columns and many chunks per program; many sentences: the other way round."""
+    columns = min(triton.next_power_of_2(width), 1024 if num_sentences > 64 else 64)
+    return {"BD": columns, "BC": 2048 // columns, "num_warps": 4, **PINNED}
 
 
 def forward(
@@ -177,12 +185,10 @@ def forward(
             D=D, BB=SENTENCES, POOLING=pooling, SAVE=save, **blocks(D),
         )  # fmt: skip
         if several:
-            # Long sentences: few columns and many chunks per program; many sentences: the other way round.
-            columns = min(triton.next_power_of_2(D), 1024 if B > 64 else 64)
-            norm_pool_combine_kernel[(B, triton.cdiv(D, columns))](
-                partial, weight, cu_seqlens, pooled, normed_mean, chunk,
-                D=D, BD=columns, BC=2048 // columns, SAVE=save, num_warps=4,
-            )  # fmt: skip
+            shape = combine_blocks(D, B)
+            norm_pool_combine_kernel[(B, triton.cdiv(D, shape["BD"]))](
+                partial, weight, cu_seqlens, pooled, normed_mean, chunk, D=D, SAVE=save, **shape
+            )
     return pooled, normed_mean
 
 
@@ -201,3 +207,30 @@ def backward(
             D=D, BB=SENTENCES, POOLING=pooling, **blocks(D),
         )  # fmt: skip
     return grad_hidden
+
+
+def lint_cases() -> list[TritonCase]:
+    """What the ahead-of-time lint compiles: widths of real models and an odd one, each dtype and pooling."""
+    return [
+        *_row_cases(4096, "bf16", "mean"),
+        *_row_cases(1024, "fp32", "eos"),
+        *_row_cases(2000, "fp16", "cls"),
+        *(_case(norm_pool_combine_kernel, "bf16", D=4096, SAVE=True, **combine_blocks(4096, B)) for B in (1, 400)),
+    ]
+
+
+def _row_cases(D: int, dtype: str, pooling: str) -> list[TritonCase]:
+    constants = {"D": D, "BB": SENTENCES, "POOLING": pooling, **blocks(D)}
+    return [_case(norm_pool_fwd_kernel, dtype, SAVE=True, **constants), _case(norm_pool_bwd_kernel, dtype, **constants)]
+
+
+def _case(kernel, dtype: str, **constants) -> TritonCase:
+    types = {
+        **dict.fromkeys(("h", "weight", "pooled", "grad_pooled", "grad_h"), f"*{dtype}"),
+        **dict.fromkeys(("normed_mean", "partial"), "*fp32"),
+        **dict.fromkeys(("stride_h", "T", "B", "chunk"), "i32"),
+        "cu_seqlens": "*i32",
+        "eps": "fp32",
+    }
+    name = f"{kernel.__name__} {dtype} {constants}"
+    return TritonCase(name, kernel, types, constants, multiples_of_16=("stride_h",), max_registers=80)

@@ -1,0 +1,103 @@
+"""Checks the machine code of the built CUDA extension: spills, registers, 16-byte loads. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtllm_fast.core.aot import CudaCase
+from mtllm_fast.ops import OPS
+
+WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)(?:\.\w+)*\.128\b|\bUTMALDG\b|\bUBLKCP\b")
+LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b")
+
+
+@dataclass
+class KernelCode:
+    """What one kernel of one architecture compiled to."""
+
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    stack: int
+    local_accesses: int = 0
+    wide_loads: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def cuobjdump() -> str:
+    """The disassembler of the CUDA toolkit, or the one that comes with Triton."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("cuobjdump is in neither PATH nor Triton: install the CUDA toolkit or triton")
+    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def disassemble(binary: Path, option: str) -> str:
+    """What ``cuobjdump OPTION`` prints for a cubin or an extension module."""
+    tool = cuobjdump()
+    # cuobjdump calls nvdisasm, which lies beside it.
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}:{os.environ.get('PATH', '')}"}
+    return subprocess.run([tool, option, binary], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def cuda_cases() -> list[CudaCase]:
+    """The ``LINT_CASES`` of all ops' CUDA backends."""
+    names = [f"mtllm_fast.ops.{op}.cuda_backend" for op in OPS]
+    return [
+        case for name in names if importlib.util.find_spec(name) for case in importlib.import_module(name).LINT_CASES
+    ]
+
+
+def lint(binary: Path, cases: list[CudaCase]) -> list[KernelCode]:
+    """One entry per kernel and architecture; every kernel must be described by exactly one case."""
+    kernels = {(code.arch, code.kernel): code for code in _usage(binary)}
+    for arch, kernel, sass in _functions(disassemble(binary, "-sass")):
+        code = kernels[arch, kernel]
+        code.local_accesses = len(LOCAL_ACCESS.findall(sass))
+        code.wide_loads = len(WIDE_LOAD.findall(sass))
+        code.problems = _problems(code, sass, [case for case in cases if re.search(case.pattern, kernel)])
+    return list(kernels.values())
+
+
+def _problems(code: KernelCode, sass: str, cases: list[CudaCase]) -> list[str]:
+    if len(cases) != 1:
+        return [f"{len(cases)} lint cases describe this kernel, there must be one"]
+    problems = []
+    if code.stack or code.local_accesses:
+        problems.append(f"spills: {code.stack} bytes of stack, {code.local_accesses} accesses")
+    if code.registers > cases[0].max_registers:
+        problems.append(f"{code.registers} registers, the budget is {cases[0].max_registers}")
+    problems += [f"no instruction matches {wanted}" for wanted in cases[0].must_contain if not re.search(wanted, sass)]
+    return problems
+
+
+def _usage(binary: Path) -> Iterator[KernelCode]:
+    arch = kernel = ""
+    for line in disassemble(binary, "-res-usage").splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\S+):", line):
+            kernel = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, found.groups())
+            yield KernelCode(kernel, arch, registers, shared, stack + local)
+
+
+def _functions(sass: str) -> Iterator[tuple[str, str, str]]:
+    for section in sass.split("Fatbin elf code:")[1:]:
+        arch = re.search(r"arch = (sm_\w+)", section)
+        assert arch is not None, section[:200]
+        for function in section.split("Function : ")[1:]:
+            name, _, body = function.partition("\n")
+            yield arch[1], name.strip(), body
