@@ -63,13 +63,15 @@ def check_output(out: Path, overwrite: bool) -> None:
 
     Raises:
         ValueError: an unknown suffix.
-        FileNotFoundError: its folder does not exist.
+        FileNotFoundError, IsADirectoryError: its folder does not exist, or it is one.
         FileExistsError: it exists, no job on it is unfinished, and ``overwrite`` is False.
     """
     if out.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"{out}: must end in {' or '.join(OUTPUT_SUFFIXES)}, got {out.suffix or 'no suffix'}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out}: its folder {out.parent} does not exist")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder")
     if out.exists() and not overwrite and not work_folder(out).exists():
         raise _exists(out)
 

@@ -168,6 +168,22 @@ def test_no_rows(out: Path) -> None:
     assert len(np.load(out) if out.suffix == ".npy" else pq.read_table(out)) == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_types_are_stored_as_they_are(out: Path, dtype: str) -> None:
+    with open_shards(out, ShardedJob(rows=3, width=2, dtype=dtype, shard_rows=2)) as shards:
+        shards.write(1, np.full((1, 2), 3, dtype))
+        shards.write(0, np.array([[1, 1], [2, 2]], dtype))
+        shards.merge(["x", "y", "z"], "key", str)
+    if out.suffix == ".npy":
+        found = np.load(out)
+    else:
+        table = pq.read_table(out)
+        assert table["key"].to_pylist() == ["x", "y", "z"]
+        found = np.stack(table["embedding"].to_numpy())
+    assert found.dtype == dtype
+    assert found.tolist() == [[1, 1], [2, 2], [3, 3]]
+
+
 def test_resumes_and_does_nothing_twice(out: Path) -> None:
     assert _run(out, stop_after=2) == [0, 1]
     assert not out.exists()
@@ -274,6 +290,9 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         check_output(tmp_path / "out.csv", overwrite=False)
     with pytest.raises(FileNotFoundError, match=r"its folder .* does not exist"):
         check_output(tmp_path / "absent" / "out.npy", overwrite=False)
+    (tmp_path / "out.npy").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        check_output(tmp_path / "out.npy", overwrite=True)
 
 
 def test_wrong_shards_are_refused(out: Path) -> None:

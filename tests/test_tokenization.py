@@ -120,6 +120,16 @@ def test_bad_arguments(tokenizer) -> None:
         tokenize(tokenizer, ["a", None], ["swh_Latn"] * 2, 8)  # type: ignore[list-item]
 
 
+def test_a_tokenizer_of_another_kind() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(TypeError, match="must be NLLB's with a Rust backend and an end token"):
+        tokenize(endless, ["a"], ["swh_Latn"], 8)
+
+
 def test_language_without_a_token() -> None:
     from transformers import NllbTokenizer
 

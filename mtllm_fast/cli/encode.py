@@ -63,6 +63,8 @@ def run(job: EncodeJob) -> None:
         text_column=job.text_column,
         id_column=job.id_column,
     )
+    if job.out.exists() and job.out.samefile(job.source):
+        raise ValueError(f"{job.out} is the input: choose another OUT")
     facts = table.scan()
     device = _device(job.device)
     if not sys.stderr.isatty():
@@ -139,7 +141,8 @@ def _sharded_job(job: EncodeJob, table: TextTable, facts: TableFacts, model: Mod
 def fingerprint(model: Model) -> str:
     """A digest of configuration, weights and tokenizer that is the same on every device."""
     digest = hashlib.sha256()
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+    incidental = ("_name_or_path", "dtype", "transformers_version")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in incidental}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(model.tokenizer.backend_tokenizer.to_str().encode())
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

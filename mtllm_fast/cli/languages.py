@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ def show(query: str | None) -> None:
     console = Console()
     if not console.is_terminal:
         for language in found:
-            console.out("\t".join(language), highlight=False)
+            typer.echo("\t".join(language))
         return
     table = Table("code", "language", "script")
     for language in found:

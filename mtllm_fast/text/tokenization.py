@@ -121,6 +121,10 @@ class _Backend:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from tokenizers import Tokenizer
 
+        if not getattr(tokenizer, "is_fast", False) or tokenizer.eos_token_id is None:
+            raise TypeError(
+                f"the tokenizer must be NLLB's with a Rust backend and an end token, got {type(tokenizer).__name__}"
+            )
         original: Tokenizer = tokenizer.backend_tokenizer
         self.vocabulary_size = original.get_vocab_size()
         self.rust: Tokenizer = Tokenizer.from_str(original.to_str())
@@ -138,8 +142,8 @@ _backends_lock = threading.Lock()
 def _backend(tokenizer: PreTrainedTokenizerBase) -> _Backend:
     with _backends_lock:
         backend = _backends.get(tokenizer)
-        tokens_now = tokenizer.backend_tokenizer.get_vocab_size()
-        if backend is None or backend.vocabulary_size != tokens_now:  # the user has added tokens
+        # The user may have added tokens since the copy was made.
+        if backend is None or backend.vocabulary_size != tokenizer.backend_tokenizer.get_vocab_size():
             backend = _backends[tokenizer] = _Backend(tokenizer)
         return backend
 
