@@ -53,11 +53,8 @@ class Case:
             truth = self.expected[name].double()
             error, scale = float((value.double() - truth).norm()), float(truth.norm())
             recorded = self.spec["ref_errors"][mode][name]["rel_l2"]
-            assert error <= scale * max({"fp32": 4, "bf16": 2}[mode] * recorded, FLOOR[mode]), (
-                name,
-                error / scale,
-                recorded,
-            )
+            bound = max({"fp32": 4, "bf16": 2}[mode] * recorded, FLOOR[mode])
+            assert error <= scale * bound, f"{name}: relative error {error / scale:.2e}, allowed {bound:.2e}"
             errors.append(error**2)
             bounds.append((scale * max(FACTOR[mode] * recorded, FLOOR[mode])) ** 2)
         assert sum(errors) <= sum(bounds), (sum(errors) ** 0.5, sum(bounds) ** 0.5)

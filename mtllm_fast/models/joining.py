@@ -15,6 +15,7 @@ from mtllm_fast.models.attention import DEFAULT_ATTENTION
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.layers import PACKED_LLMS
 from mtllm_fast.models.probe import check_bidirectional
+from mtllm_fast.models.towers import rope_frequencies_kept
 
 if TYPE_CHECKING:
     from mtllm_fast.models.modeling import MTLLM
@@ -49,8 +50,9 @@ def join(
     encoder_module = _encoder_of(_load_encoder(encoder, dtype, device_map, hub_kwargs))
     llm_module = _decoder_of(_load_llm(llm, dtype, device_map, hub_kwargs))
     if dtype is not None:
-        encoder_module.to(dtype=dtype)
-        llm_module.to(dtype=dtype)
+        with rope_frequencies_kept(llm_module):
+            encoder_module.to(dtype=dtype)
+            llm_module.to(dtype=dtype)
     config = MTLLMConfig(
         nllb_config=copy.deepcopy(encoder_module.config),
         llm2vec_config=copy.deepcopy(llm_module.config),

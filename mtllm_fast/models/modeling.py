@@ -18,7 +18,15 @@ from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
-from mtllm_fast.models.towers import ATTENTION_BACKENDS, final_norm, pool, run_encoder, run_llm, run_other_llm
+from mtllm_fast.models.towers import (
+    ATTENTION_BACKENDS,
+    final_norm,
+    pool,
+    rope_frequencies_kept,
+    run_encoder,
+    run_llm,
+    run_other_llm,
+)
 from mtllm_fast.ops.norm_pool import norm_pool
 
 
@@ -55,6 +63,10 @@ class MTLLMPreTrainedModel(loading.CheckpointMixin, PreTrainedModel):
                 f"attn_implementation must be one of {', '.join(map(repr, ATTENTION_BACKENDS))}, got {requested!r}"
             )
         return super().get_correct_attn_implementation(requested, is_init_check)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with rope_frequencies_kept(self):
+            return super()._apply(fn, recurse)
 
 
 class MTLLM(MTLLMPreTrainedModel):

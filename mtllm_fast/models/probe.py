@@ -74,9 +74,10 @@ def _check(name: str, run: Callable[[Tensor, PackedLayout], Tensor], llm: PreTra
     # Small inputs, as token embeddings are: next to a large residual stream bf16 would round the reaction away.
     tokens = 0.02 * torch.randn(sum(_LENGTHS) + 1, llm.config.hidden_size, generator=generator)
     *x, other = tokens.to(weight.device, weight.dtype).split([*_LENGTHS, 1])
-    changed = torch.cat((x[0][:-1], other))  # another last token in the first sentence
-    together = run(torch.cat((*x, changed, x[1])), _layout(*_LENGTHS, *_LENGTHS, device=weight.device))
-    first, second, first_changed, second_again = together.float().split(_LENGTHS * 2)
+    changed = torch.cat((x[0][:-1], other))  # the first sentence with another last token
+    pair = _layout(*_LENGTHS, device=weight.device)
+    first, second = run(torch.cat(x), pair).float().split(_LENGTHS)
+    first_changed, second_again = run(torch.cat((changed, x[1])), pair).float().split(_LENGTHS)
     alone = run(x[0], _layout(_LENGTHS[0], device=weight.device)).float()
 
     def difference(a: Tensor, b: Tensor) -> float:

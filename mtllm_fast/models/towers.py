@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,14 +82,18 @@ def final_norm(llm: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
 
 def _rope_tables(llm: PreTrainedModel, like_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin ``[T, hd]`` in the dtype of the activations, from float32 angles."""
-    rotary = llm.rotary_emb
-    if rotary.inv_freq.dtype != torch.float32:
-        # model.to(bfloat16) rounds the frequencies with everything else; bf16 angles are off by whole radians.
-        with torch.no_grad():
-            fresh = type(rotary)(config=rotary.config)
-            rotary.inv_freq = fresh.inv_freq.to(rotary.inv_freq.device, torch.float32)
-    cos, sin = rotary(like_TD, position_ids_T[None])
+    cos, sin = llm.rotary_emb(like_TD, position_ids_T[None])
     return cos[0], sin[0]
+
+
+@contextmanager
+def rope_frequencies_kept(root: nn.Module) -> Iterator[None]:
+    """Casting a model rounds its RoPE frequencies with everything else, and bf16 angles are off by whole radians."""
+    kept = {m: m.inv_freq for m in root.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)}
+    yield
+    for module, inv_freq in kept.items():
+        if module.inv_freq.dtype != inv_freq.dtype:
+            module.inv_freq = inv_freq.to(module.inv_freq.device)
 
 
 def run_other_llm(
