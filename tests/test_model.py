@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -291,13 +292,16 @@ def test_gradients_under_compile():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def _attend(q, k, v, scale, is_causal):
+    heads_first = (t.transpose(0, 1) for t in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(*heads_first, is_causal=is_causal, scale=scale, enable_gqa=True)
+    return out.transpose(0, 1)
+
+
 def test_the_probe_catches_a_causal_llm(monkeypatch):
     def causal(q, k, v, cu_seqlens, max_seqlen, *, scale, **_):
-        parts = [
-            nn.functional.scaled_dot_product_attention(*(t[a:b].transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True)
-            for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-        ]  # fmt: skip
-        return torch.cat([part.transpose(0, 1) for part in parts])
+        bounds = itertools.pairwise(cu_seqlens.tolist())
+        return torch.cat([_attend(q[a:b], k[a:b], v[a:b], scale, is_causal=True) for a, b in bounds])
 
     model = new_stack()
     monkeypatch.setattr("mtllm_fast.models.layers.varlen_attention", causal)
@@ -314,10 +318,7 @@ def test_the_probe_catches_a_transformers_that_ignores_the_switch(monkeypatch):
 
 def test_the_probe_catches_mixed_sentences(monkeypatch):
     def mixed(q, k, v, cu_seqlens, max_seqlen, *, scale, **_):
-        out = nn.functional.scaled_dot_product_attention(
-            *(t.transpose(0, 1) for t in (q, k, v)), scale=scale, enable_gqa=True
-        )
-        return out.transpose(0, 1)
+        return _attend(q, k, v, scale, is_causal=False)
 
     model = new_stack()
     monkeypatch.setattr("mtllm_fast.models.layers.varlen_attention", mixed)

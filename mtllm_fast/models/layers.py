@@ -83,9 +83,14 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
         return hidden_states
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
+    return bool(module._forward_pre_hooks or module._forward_hooks) or hasattr(module, "_hf_hook")
+
+
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``; a module that something has hooked into is called as it is."""
-    if norm._forward_pre_hooks or norm._forward_hooks or hasattr(norm, "_hf_hook"):
+    if is_hooked(norm):
         return norm(x)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("mtllm_fast")
 
 # Llama, Mistral, Qwen, Gemma, OPT; GPT-2; Bloom, Falcon; GPT-NeoX.
 LLM_EMBEDDINGS = re.compile(r"^llm2vec\.(.+\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
-# What a head adds to a base checkpoint: trained afterwards, so it may be missing.
+# What a head adds to a base checkpoint: may be missing (trained afterwards) or left over (a base from a head).
 _HEAD_KEYS = re.compile(r"^score\.(weight|bias)$")
 _CONFIG_FIELDS = (
     "pooling", "llm_embeddings", "num_labels", "id2label", "label2id", "problem_type", "output_hidden_states",
@@ -65,13 +65,14 @@ class CheckpointMixin:
         keys = checkpoint_keys(path, **hub)
         config, kwargs = _config_for(cls, path, keys, hub, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
-                path, *args, config=config, output_loading_info=True, **kwargs
+                path, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
             raise CheckpointError(f"{path}: a safetensors file is corrupt or truncated ({error})") from error
-        _check_loading_info(path, model, info, bool(kwargs.get("ignore_mismatched_sizes")))
+        _check_loading_info(path, info, allow_mismatch)
         check_bidirectional(model.base_model)
         return (model, info) if wants_info else model
 
@@ -166,9 +167,9 @@ def _config_for(
     return config, kwargs
 
 
-def _check_loading_info(path: Any, model: Any, info: dict[str, Any], allow_mismatch: bool) -> None:
+def _check_loading_info(path: Any, info: dict[str, Any], allow_mismatch: bool) -> None:
     missing = sorted(k for k in info["missing_keys"] if not _HEAD_KEYS.match(k))
-    extra = sorted(info["unexpected_keys"])
+    extra = sorted(k for k in info["unexpected_keys"] if not _HEAD_KEYS.match(k))
     problems = []
     if missing:
         problems.append(f"missing keys: {_listed(missing)}")

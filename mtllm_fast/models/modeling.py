@@ -17,7 +17,7 @@ from mtllm_fast.models import encoding, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
-from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
+from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_hooked, to_packed_layers
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,
     final_norm,
@@ -264,6 +264,8 @@ class MTLLM(MTLLMPreTrainedModel):
         if is_normed:
             return pool(hidden_TD, batch.layout.cu_seqlens, pooling)
         norm = self.llm2vec.norm
+        if is_hooked(norm):
+            return pool(norm(hidden_TD), batch.layout.cu_seqlens, pooling)
         return norm_pool(hidden_TD, norm.weight, batch.layout.cu_seqlens, eps=norm.variance_epsilon, pooling=pooling)
 
 
