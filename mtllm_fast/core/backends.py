@@ -33,6 +33,11 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _is_for_auto(name: str) -> bool:
+    """Interpreted Triton serves whoever names it (tests); it is neither fast nor safe to run in two threads."""
+    return name != "triton" or not triton_is_interpreted()
+
+
 class Backends:
     """The backends of one op, best first.
 
@@ -53,7 +58,7 @@ class Backends:
         """The name of the backend that serves this call; ``args`` are handed to the ``why_not`` functions."""
         if requested == "auto":
             for name, why_not in self.why_not.items():
-                if why_not(*args, **kwargs) is None:
+                if _is_for_auto(name) and why_not(*args, **kwargs) is None:
                     return name
             reasons = "; ".join(f"{name}: {why_not(*args, **kwargs)}" for name, why_not in self.why_not.items())
             raise UnsupportedBackendError(f"{self.op}: no backend can serve this call: {reasons}")
@@ -72,5 +77,6 @@ class Backends:
         """What ``choose`` does for the same arguments, told instead of done."""
         reasons = {name: why_not(*args, **kwargs) for name, why_not in self.why_not.items()}
         able = [name for name, reason in reasons.items() if reason is None]
-        chosen = next(iter(able), None) if requested == "auto" else requested if requested in able else None
+        candidates = [name for name in able if _is_for_auto(name)] if requested == "auto" else [requested]
+        chosen = next((name for name in candidates if name in able), None)
         return Explanation(self.op, requested, chosen, reasons)
