@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtllm_fast.core.devices import triton_is_interpreted
 from mtllm_fast.core.errors import UnsupportedBackendError
 
 WhyNot = Callable[..., "str | None"]

@@ -1,4 +1,4 @@
-"""Every exception class of the package: all are ``ValueError`` or ``RuntimeError``, so callers need not import this file."""
+"""Every exception class of the package; all are ``ValueError`` or ``RuntimeError``, which callers may catch instead."""
 
 
 class UnsupportedBackendError(ValueError):
