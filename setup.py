@@ -69,8 +69,8 @@ def pybind11_include() -> Path:
 
 
 def tool(name: str) -> str | None:
-    """An executable of this Python environment (which need not be activated), else of PATH."""
-    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    """An executable in PATH, else one of this Python environment (which need not be activated)."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def build_cuda_extension(nvcc: str, package: Path) -> None:

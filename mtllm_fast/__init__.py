@@ -16,12 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtllm_fast.core.explain import explain as explain
     from mtllm_fast.models import MTLLM as MTLLM
     from mtllm_fast.models import MTLLMConfig as MTLLMConfig
     from mtllm_fast.models import MTLLMForMultipleChoice as MTLLMForMultipleChoice
     from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
     from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
+    from mtllm_fast.ops import explain as explain
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
     from mtllm_fast.text.languages import languages as languages
@@ -34,7 +34,7 @@ _HOME = {
     "MTLLMForMultipleChoice": "mtllm_fast.models",
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
-    "explain": "mtllm_fast.core.explain",
+    "explain": "mtllm_fast.ops",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",

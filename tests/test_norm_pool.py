@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mtllm_fast.core.errors import UnsupportedBackendError
 from mtllm_fast.ops import explain
 from mtllm_fast.ops.norm_pool import chunks, norm_pool, schema
 from mtllm_fast.testing.inputs import ODD_LENGTHS, cu_seqlens_of, packed_states
 from mtllm_fast.testing.poison import poisoned_memory
-from mtllm_fast.testing.tolerance import assert_as_accurate
+from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate
 
 EPS = 1e-5
 BACKENDS = ["reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -23,9 +24,10 @@ def plain(hidden: Tensor, weight: Tensor, lengths: tuple[int, ...], eps: float, 
     wide = hidden if hidden.dtype == torch.float64 else hidden.float()
     normed = (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)).to(hidden.dtype)
     rows = []
-    for sentence in normed[: sum(lengths)].split(lengths):
-        if len(sentence) == 0:
-            rows.append(torch.zeros_like(weight, dtype=hidden.dtype))
+    for b, length in enumerate(lengths):
+        sentence = normed[sum(lengths[:b]) :][:length]
+        if length == 0:
+            rows.append(sentence.sum(0))
         else:
             rows.append({"mean": sentence.mean(0), "cls": sentence[0], "eos": sentence[-1]}[pooling])
     return torch.stack(rows)
@@ -66,7 +68,8 @@ def check(
     tail = fast["grad of hidden_states"][sum(lengths) :]
     assert torch.equal(tail, torch.zeros_like(tail)), "tokens that belong to no sentence have a gradient"
     fast["grad of hidden_states"] = fast["grad of hidden_states"][: sum(lengths)]
-    assert_as_accurate(fast, same_dtype, truth)
+    interpreted = backend == "triton" and device.type == "cpu"
+    assert_as_accurate(fast, same_dtype, truth, INTERPRETED_RULES if interpreted else RULES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,9 +128,15 @@ def test_empty_batches(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_long_sentence_and_many_short_ones(backend: str, device: torch.device) -> None:
+def test_one_long_sentence_and_many_short_ones(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check(backend, device, lengths=(1100,), width=16)
-    check(backend, device, lengths=tuple(i % 7 for i in range(300)), width=16, dead_tail=1)
+    if backend == "triton":
+        from mtllm_fast.ops.norm_pool import triton_backend
+
+        monkeypatch.setattr(triton_backend, "SENTENCES", 16)  # so that few sentences take several steps of the search
+    check(backend, device, lengths=tuple(i % 7 for i in range(50)), width=16, dead_tail=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -204,20 +213,23 @@ def test_opcheck(grads: tuple[bool, bool], device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_compiles_once_for_all_batches(backend: str, device: torch.device) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def pool(hidden: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
         return 2 * norm_pool(hidden, weight, cu_seqlens, eps=EPS, backend=backend)
 
-    for lengths in ((3, 4), (5, 0, 9), (2, 3, 4, 5), (11,)):
+    graphs = []
+    for lengths in ((3, 4), (5, 0, 9), (2, 3, 4, 5), (1, 300)):
         hidden, weight = packed_states(lengths, 16, device=device), torch.ones(16, device=device)
         compiled = run(pool, hidden, weight, cu_seqlens_of(lengths, device))
         eager = run(
             lambda *a: 2 * norm_pool(*a, eps=EPS, backend=backend), hidden, weight, cu_seqlens_of(lengths, device)
         )
         assert all(torch.equal(compiled[name], eager[name]) for name in eager)
-    assert counter.frame_count == 1, "another length must not recompile"
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 4, "another batch must not recompile"
 
 
 def test_whoever_watches_sees_the_op() -> None:
@@ -295,7 +307,7 @@ def test_bad_input(changes: dict[str, object], error: type[Exception], message: 
 
 
 def test_kernels_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedBackendError, match="the states are float64. What would work: reference"):
+    with pytest.raises(UnsupportedBackendError, match=r"the states are float64\. What would work: reference"):
         norm_pool(HIDDEN.double(), WEIGHT.double(), CU_SEQLENS, eps=EPS, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UnsupportedBackendError, match="TRITON_INTERPRET=1 is not set"):

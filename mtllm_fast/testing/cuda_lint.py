@@ -59,6 +59,10 @@ def cuda_cases() -> list[CudaCase]:
     ]
 
 
+def describes(case: CudaCase, code: KernelCode) -> bool:
+    return re.search(case.pattern, code.kernel) is not None
+
+
 def lint(binary: Path, cases: list[CudaCase]) -> list[KernelCode]:
     """One entry per kernel and architecture; every kernel must be described by exactly one case."""
     kernels = {(code.arch, code.kernel): code for code in _usage(binary)}
@@ -66,7 +70,7 @@ def lint(binary: Path, cases: list[CudaCase]) -> list[KernelCode]:
         code = kernels[arch, kernel]
         code.local_accesses = len(LOCAL_ACCESS.findall(sass))
         code.wide_loads = len(WIDE_LOAD.findall(sass))
-        code.problems = _problems(code, sass, [case for case in cases if re.search(case.pattern, kernel)])
+        code.problems = _problems(code, sass, [case for case in cases if describes(case, code)])
     return list(kernels.values())
 
 

@@ -129,7 +129,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    grad_pooled: Tensor = grads[0]
+    grad_pooled: Tensor | None = grads[0]
+    if grad_pooled is None:
+        return (None,) * 7
     hidden_states, weight, cu_seqlens, normed_mean = ctx.saved_tensors
     grad_hidden = grad_weight = None
     if hidden_states is not None:
