@@ -1,0 +1,145 @@
+"""What is installed, which GPU is there, and which backends work: ``mtllm-fast env`` or ``python -m mtllm_fast.environment``.
+
+Imports nothing but the standard library until it is asked, and reports a missing or broken torch instead of failing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *("mtllm-fast", "torch", "triton", "flash-attn", "transformers", "tokenizers", "safetensors", "accelerate"),
+    *("huggingface_hub", "peft", "bitsandbytes", "datasets", "numpy", "pyarrow"),
+)
+
+Section = dict[str, str]
+
+
+def environment() -> dict[str, Section]:
+    """Facts by section (``versions``, ``hardware``, ``cuda extension``, one per op, ``settings``), all as text.
+
+    >>> environment()["versions"]["python"] == platform.python_version()
+    True
+    """
+    sections = {"versions": _versions(), "hardware": {"cpu": f"{_cpu_name()}, {os.cpu_count()} CPUs"}}
+    try:
+        import torch
+    except Exception as error:  # whatever a broken installation raises
+        sections["versions"]["torch"] = f"cannot be imported: {type(error).__name__}: {error}"
+        return sections
+    sections["hardware"].update(_gpus(torch))
+    sections["cuda extension"] = _extension()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sections.update({f"backends of {op}": _backends(op, example(torch, device)) for op, example in EXAMPLES.items()})
+    sections["settings"] = _settings()
+    return sections
+
+
+def _norm_pool(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    return {"hidden_states": hidden, "weight": hidden[0], "cu_seqlens": cu_seqlens, "eps": 1e-5}
+
+
+def _varlen_attention(torch: Any, device: str) -> dict[str, Any]:
+    heads = torch.randn(5, 2, 64, dtype=torch.bfloat16, device=device)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    return {"q": heads, "k": heads, "v": heads, "cu_seqlens": cu_seqlens, "max_seqlen": 3}
+
+
+EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
+    "norm_pool": _norm_pool,
+    "varlen_attention": _varlen_attention,
+}
+"""For each op, the arguments of a small call: every backend that claims to serve it is really run."""
+
+
+def _backends(op: str, arguments: dict[str, Any]) -> Section:
+    from mtllm_fast.ops import explain
+
+    function = getattr(importlib.import_module(f"mtllm_fast.ops.{op}"), op)
+    explanation = explain(op, **arguments)
+    found = {}
+    for backend, reason in explanation.why_not.items():
+        if reason is None:
+            try:
+                function(**arguments, backend=backend).float().sum().item()
+            except Exception as error:  # a kernel that the driver refuses, a library built for another torch
+                reason = f"{type(error).__name__}: {error}"
+        auto = ", and is what auto takes" if backend == explanation.chosen else ""
+        found[backend] = f"no: {reason}" if reason else f"works{auto}"
+    return found
+
+
+def _versions() -> Section:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _gpus(torch: Any) -> Section:
+    if not torch.cuda.is_available():
+        why = "torch sees none" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        return {"gpu": f"none: {why}"}
+    found = {"driver": _driver(), "cuda of torch": torch.version.cuda or f"ROCm {torch.version.hip}"}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        found[f"gpu {index}"] = f"{gpu.name}, {memory}, {capability}, {gpu.multi_processor_count} multiprocessors"
+    return found
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return "unknown (no nvidia-smi)"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({error})"
+    return done.stdout.split("\n")[0]
+
+
+def _extension() -> Section:
+    from mtllm_fast.core import native
+
+    if reason := native.why_not_built():
+        return {"built": f"no: {reason}"}
+    major, minor = divmod(native.extension().cuda_version // 10, 100)
+    return {"built": f"yes, with CUDA {major}.{minor}", "architectures": ", ".join(native.architectures())}
+
+
+def _settings() -> Section:
+    from mtllm_fast.core.settings import SETTINGS
+
+    return {setting.name: f"{setting.value()} ({setting.effect})" for setting in SETTINGS}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def main() -> None:
+    for title, facts in environment().items():
+        sys.stdout.write(f"{title}\n" + "".join(f"  {name}: {text}\n" for name, text in facts.items()))
+
+
+if __name__ == "__main__":
+    main()
