@@ -1,4 +1,6 @@
-"""What is installed, which GPU is there, and which backends work: ``mtllm-fast env`` or ``python -m mtllm_fast.environment``.
+"""What this installation can do: versions, GPU, and for every backend whether it works here, or why not.
+
+    mtllm-fast env, or python -m mtllm_fast.environment
 
 Imports nothing but the standard library until it is asked, and reports a missing or broken torch instead of failing.
 """

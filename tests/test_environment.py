@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from reference import DATA
 from safetensors.torch import load_file, save_file
 
 from mtllm_fast import environment
+from mtllm_fast.core import native
+from mtllm_fast.ops import OPS
 from mtllm_fast.tiny import tiny_path
 
 
@@ -21,31 +25,48 @@ def _env(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_facts_tell_what_works_and_why_not(monkeypatch):
-    found = environment.facts()
-    assert found["packages"]["torch"] == torch.__version__
-    assert found["backends"]["reference"] == "works"
+def test_it_tells_what_works_and_why_not():
+    found = environment.environment()
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert found["backends of norm_pool"]["reference"].startswith("works")
+    assert sum("auto" in text for text in found["backends of norm_pool"].values()) == 1
     if not torch.cuda.is_available():
-        assert found["backends"]["cuda"] == "no CUDA GPU"
-        assert found["gpu"].startswith("none")
+        assert found["backends of norm_pool"]["cuda"] == "no: the tensors are on cpu"
+        assert found["hardware"]["gpu"].startswith("none")
+    assert set(environment.EXAMPLES) == set(OPS)
 
 
-def test_a_broken_torch_spoils_its_lines_only(monkeypatch):
-    def broken():
-        raise ImportError("libcudart.so.13: cannot open shared object file")
+def test_a_backend_that_claims_to_work_is_really_run(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("driver too old")
 
-    monkeypatch.setattr(environment, "_torch", broken)
-    found = environment.facts()
-    assert "libcudart" in found["gpu"]
-    assert "libcudart" in found["backends"]["reference"]
-    assert found["packages"]["transformers"][0] == "5"
+    monkeypatch.setattr("mtllm_fast.ops.norm_pool.reference.forward", broken)
+    assert environment.environment()["backends of norm_pool"]["reference"] == "no: RuntimeError: driver too old"
+
+
+def test_why_there_is_no_extension(monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda: (None, "the CUDA extension was not built: MTLLM_FAST_CUDA=0"))
+    assert (
+        environment.environment()["cuda extension"]["built"]
+        == "no: the CUDA extension was not built: MTLLM_FAST_CUDA=0"
+    )
+
+
+def test_a_missing_torch_is_named(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    done = subprocess.run(
+        [sys.executable, "-m", "mtllm_fast.environment"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "torch: cannot be imported: ImportError: libcudart.so.13" in done.stdout
+    assert "transformers: 5." in done.stdout
 
 
 def test_the_command_prints_a_table_and_json():
     table = _env()
     assert table.returncode == 0, table.stderr
-    assert "backend triton" in table.stdout
-    assert json.loads(_env("--json").stdout)["python"]
+    assert "backends of norm_pool" in table.stdout
+    assert json.loads(_env("--json").stdout)["versions"]["python"]
 
 
 def test_a_sound_model_has_no_problems():

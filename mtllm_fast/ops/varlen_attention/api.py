@@ -97,9 +97,18 @@ def varlen_attention(
 
 
 def explain(
-    q: Tensor, k: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dead_tail: bool = False,
+    backend: str = "auto",
 ) -> Explanation:
-    """Which backend ``varlen_attention`` takes for such tensors, and why not the others."""
+    """Which backend ``varlen_attention`` takes for such a call, and why not the others. The None ones do not matter."""
     return BACKENDS.explain(backend, q, k, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
 
 
