@@ -11,18 +11,20 @@ from importlib import metadata
 
 import pytest
 import torch
+from click.testing import Result
 from reference import DATA
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from mtllm_fast import environment
+from mtllm_fast.cli.app import app
 from mtllm_fast.core import native
 from mtllm_fast.ops import OPS
 from mtllm_fast.tiny import tiny_path
 
 
-def _env(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mtllm_fast.cli", "env", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _env(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["env", *arguments])
 
 
 def test_it_tells_what_works_and_why_not():
@@ -64,14 +66,14 @@ def test_a_missing_torch_is_named(tmp_path):
 
 def test_the_command_prints_a_table_and_json():
     table = _env()
-    assert table.returncode == 0, table.stderr
+    assert table.exit_code == 0, table.stderr
     assert "backends of norm_pool" in table.stdout
     assert json.loads(_env("--json").stdout)["versions"]["python"]
 
 
 def test_a_sound_model_has_no_problems():
     done = _env("--check", "tiny")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.stdout + done.stderr
     assert "no problems" in done.stdout
 
 
@@ -93,11 +95,11 @@ def test_problems_are_named(checkpoint, change, message):
     change(tensors)
     save_file(tensors, checkpoint / "model.safetensors")
     done = _env("--check", str(checkpoint), "--json")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert any(message in problem for problem in json.loads(done.stdout)["model"]["problems"])
 
 
 def test_a_missing_tokenizer_is_named():
     done = _env("--check", str(DATA / "forward-gqa" / "checkpoint"))
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "tokenizer" in done.stdout
