@@ -1,6 +1,6 @@
 """LoRA fine-tuning for sentence pairs (NLI) with the Hugging Face Trainer. New: ``import mtllm_fast``.
 
-    python examples/finetune_sequence_classification.py [CHECKPOINT] [OUTPUT]
+python examples/finetune_sequence_classification.py [CHECKPOINT] [OUTPUT]
 """
 
 import sys
@@ -19,7 +19,9 @@ from transformers import (
 
 import mtllm_fast  # noqa: F401
 
-checkpoint = sys.argv[1] if len(sys.argv) > 1 else "fdschmidt93/NLLB-LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-unsup-simcse"
+checkpoint = (
+    sys.argv[1] if len(sys.argv) > 1 else "fdschmidt93/NLLB-LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-unsup-simcse"
+)
 output = sys.argv[2] if len(sys.argv) > 2 else "nli-lora"
 
 tokenizer = AutoTokenizer.from_pretrained(checkpoint, src_lang="eng_Latn")

@@ -1,6 +1,6 @@
 """Cross-lingual retrieval with the published checkpoint, as its users write it. New: ``import mtllm_fast``.
 
-    python examples/retrieval.py [CHECKPOINT]
+python examples/retrieval.py [CHECKPOINT]
 """
 
 import sys
@@ -11,7 +11,9 @@ from transformers import AutoModel
 
 import mtllm_fast  # noqa: F401  (AutoModel now finds the model's class; no remote code runs)
 
-checkpoint = sys.argv[1] if len(sys.argv) > 1 else "fdschmidt93/NLLB-LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-unsup-simcse"
+checkpoint = (
+    sys.argv[1] if len(sys.argv) > 1 else "fdschmidt93/NLLB-LLM2Vec-Meta-Llama-31-8B-Instruct-mntp-unsup-simcse"
+)
 model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, torch_dtype=torch.bfloat16).eval()
 
 documents = ["The cat sits on the mat.", "It will rain tomorrow.", "She bought bread at the market."]

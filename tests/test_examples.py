@@ -29,7 +29,9 @@ def published(tmp_path):
     folder = shutil.copytree(tiny_path(), tmp_path / "published")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
-    (folder / f"{REMOTE}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise SystemExit('remote code ran')\n")
+    (folder / f"{REMOTE}.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nraise SystemExit('remote code ran')\n"
+    )
     return folder
 
 

@@ -7,6 +7,7 @@ import json
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtllm_fast.environment import environment
 
@@ -27,10 +28,10 @@ def show(model: str | None, as_json: bool) -> bool:
     for title, facts in sections.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for name, text in facts.items():
-            table.add_row(f"  {name}", text)
+            table.add_row(f"  {name}", Text(text))  # no markup: reasons hold square brackets
         console.print(table)
     if model is not None:
         console.print(f"{model}: {f'{len(problems)} problems' if problems else 'no problems'}", markup=False)
         for problem in problems:
-            console.print(f"  - {problem}", markup=False)
+            console.print(f"  - {problem}", markup=False, soft_wrap=True)
     return not problems

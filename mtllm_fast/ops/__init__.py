@@ -1,4 +1,4 @@
-"""The ops, one folder each: ``api`` (what users call), ``schema`` (what torch sees), ``reference`` and the other backends."""
+"""The ops, one folder each: ``api`` (what users call), ``schema`` (what torch sees), ``reference``, backends."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = _torch_varlen_parameters()
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if "scale" in parameters:
         options["scale"] = scale
     if "num_splits" in parameters:
@@ -85,7 +86,7 @@ def torch_varlen(
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _expand_heads(q, k, v)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # type: ignore[return-value]  # a tuple only on request
 
 
 def _expand_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
