@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,28 +110,34 @@ def test_a_compile_error_is_never_swallowed(project: Path, mode: str) -> None:
     assert "failed; MTLLM_FAST_CUDA=0 leaves CUDA out" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def machine_code() -> list[cuda_lint.KernelCode]:
+    return cuda_lint.kernels(Path(native.extension().__file__))
+
+
 @needs_extension
-def test_machine_code() -> None:
-    reports = cuda_lint.lint(Path(native.extension().__file__), cuda_lint.cuda_cases())
-    assert not [(report.kernel, report.arch, report.problems) for report in reports if report.problems]
+def test_machine_code(machine_code: list[cuda_lint.KernelCode]) -> None:
+    cases = cuda_lint.cuda_cases()
+    problems = {(code.kernel, code.arch): cuda_lint.problems(code, cases) for code in machine_code}
+    assert not {kernel: problem for kernel, problem in problems.items() if problem}
     built = {f"sm_{architecture.removesuffix('-real')}" for architecture in native.architectures()}
-    assert {report.arch for report in reports} == built
-    for case in cuda_backend.LINT_CASES:
-        case_reports = [report for report in reports if cuda_lint.describes(case, report)]
-        assert {report.arch for report in case_reports} == built, f"{case.pattern} describes no kernel"
+    for case in cases:
+        found = {code.arch for code in machine_code if cuda_lint.describes(case, code)}
+        assert found == built, f"{case.pattern} describes no kernel for {built - found}"
 
 
 @needs_extension
-def test_the_lint_finds_defects() -> None:
-    binary = Path(native.extension().__file__)
+def test_the_lint_finds_defects(machine_code: list[cuda_lint.KernelCode]) -> None:
     case = cuda_backend.LINT_CASES[0]
     strict = [case._replace(max_registers=20, must_contain=("HGMMA",))]
-    for report in cuda_lint.lint(binary, strict):
-        if cuda_lint.describes(case, report):
-            assert "registers, the budget is 20" in report.problems[0]
-            assert report.problems[1] == "no instruction matches HGMMA"
+    for code in machine_code:
+        if cuda_lint.describes(case, code):
+            expected = [f"{code.registers} registers, the budget is 20", "no instruction matches HGMMA"]
         else:
-            assert report.problems == ["0 lint cases describe this kernel, there must be one"]
+            expected = ["0 lint cases describe this kernel, there must be one"]
+        assert cuda_lint.problems(code, strict) == expected
+    spilled = replace(machine_code[0], stack=8, sass="STL [R1], R2 ;")
+    assert "spills: 8 bytes of stack, 1 accesses" in cuda_lint.problems(spilled, cuda_lint.cuda_cases())
 
 
 @needs_extension

@@ -19,7 +19,7 @@ WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)(?:\.\w+)*\.128\b|\bUTMALDG\b|\bUBLKCP\
 LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b")
 
 
-@dataclass
+@dataclass(frozen=True)
 class KernelCode:
     """What one kernel of one architecture compiled to."""
 
@@ -28,9 +28,7 @@ class KernelCode:
     registers: int
     shared: int
     stack: int
-    local_accesses: int = 0
-    wide_loads: int = 0
-    problems: list[str] = field(default_factory=list)
+    sass: str = field(repr=False)
 
 
 def cuobjdump() -> str:
@@ -59,43 +57,44 @@ def cuda_cases() -> list[CudaCase]:
     ]
 
 
+def kernels(binary: Path) -> list[KernelCode]:
+    """The machine code of every kernel in an extension module, for every architecture."""
+    sass = {(arch, kernel): text for arch, kernel, text in _functions(disassemble(binary, "-sass"))}
+    return [
+        KernelCode(kernel, arch, registers, shared, stack, sass[arch, kernel])
+        for arch, kernel, registers, shared, stack in _usage(disassemble(binary, "-res-usage"))
+    ]
+
+
 def describes(case: CudaCase, code: KernelCode) -> bool:
     return re.search(case.pattern, code.kernel) is not None
 
 
-def lint(binary: Path, cases: list[CudaCase]) -> list[KernelCode]:
-    """One entry per kernel and architecture; every kernel must be described by exactly one case."""
-    kernels = {(code.arch, code.kernel): code for code in _usage(binary)}
-    for arch, kernel, sass in _functions(disassemble(binary, "-sass")):
-        code = kernels[arch, kernel]
-        code.local_accesses = len(LOCAL_ACCESS.findall(sass))
-        code.wide_loads = len(WIDE_LOAD.findall(sass))
-        code.problems = _problems(code, sass, [case for case in cases if describes(case, code)])
-    return list(kernels.values())
+def problems(code: KernelCode, cases: list[CudaCase]) -> list[str]:
+    """What is wrong with a kernel, in words; it must be described by exactly one case."""
+    mine = [case for case in cases if describes(case, code)]
+    if len(mine) != 1:
+        return [f"{len(mine)} lint cases describe this kernel, there must be one"]
+    found = []
+    if code.stack or LOCAL_ACCESS.search(code.sass):
+        found.append(f"spills: {code.stack} bytes of stack, {len(LOCAL_ACCESS.findall(code.sass))} accesses")
+    if code.registers > mine[0].max_registers:
+        found.append(f"{code.registers} registers, the budget is {mine[0].max_registers}")
+    found += [f"no instruction matches {wanted}" for wanted in mine[0].must_contain if not re.search(wanted, code.sass)]
+    return found
 
 
-def _problems(code: KernelCode, sass: str, cases: list[CudaCase]) -> list[str]:
-    if len(cases) != 1:
-        return [f"{len(cases)} lint cases describe this kernel, there must be one"]
-    problems = []
-    if code.stack or code.local_accesses:
-        problems.append(f"spills: {code.stack} bytes of stack, {code.local_accesses} accesses")
-    if code.registers > cases[0].max_registers:
-        problems.append(f"{code.registers} registers, the budget is {cases[0].max_registers}")
-    problems += [f"no instruction matches {wanted}" for wanted in cases[0].must_contain if not re.search(wanted, sass)]
-    return problems
-
-
-def _usage(binary: Path) -> Iterator[KernelCode]:
+def _usage(text: str) -> Iterator[tuple[str, str, int, int, int]]:
+    """(architecture, kernel, registers, shared memory, stack and local memory)"""
     arch = kernel = ""
-    for line in disassemble(binary, "-res-usage").splitlines():
+    for line in text.splitlines():
         if found := re.search(r"arch = (sm_\w+)", line):
             arch = found[1]
         elif found := re.search(r"Function (\S+):", line):
             kernel = found[1]
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, found.groups())
-            yield KernelCode(kernel, arch, registers, shared, stack + local)
+            yield arch, kernel, registers, shared, stack + local
 
 
 def _functions(sass: str) -> Iterator[tuple[str, str, str]]:
