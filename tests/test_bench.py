@@ -218,8 +218,8 @@ class TestRun:
         first, second = (tmp_path / "new" / "out.json").read_text().splitlines()
         assert json.loads(first) == json.loads(second) == json.loads(json.dumps(record))
         assert record["schema"] == 1
-        assert {"torch", "transformers", "python"} <= set(record["versions"])
-        assert record["hardware"]["threads"] == torch.get_num_threads()
+        assert {"torch", "transformers", "python"} <= set(record["environment"]["versions"])
+        assert record["execution"]["threads"] == torch.get_num_threads()
         for row in record["peers"]:
             assert row["status"] == "ok"
             assert len(row["seconds"]) == 2

@@ -1,57 +1,27 @@
-"""Where a result was measured: versions, hardware, threads and the commit."""
+"""Where a result was measured: the time, the commit, the environment, the processor and its threads."""
 
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("mtllm-fast", "torch", "triton", "transformers", "flash-attn", "numpy")
+from mtllm_fast.environment import environment
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a speed; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The CPU with its threads, and the GPU if the run is on one."""
+def execution(device: torch.device) -> dict[str, Any]:
+    """What decides a speed beside the versions: threads and instruction set, or the GPU."""
     found: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": os.cpu_count(),
+        "device": str(device),
         "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = properties.name
-        found["gpu_memory_bytes"] = properties.total_memory
-        found["gpu_multiprocessors"] = properties.multi_processor_count
+        found["gpu"] = torch.cuda.get_device_name(device)
     return found
 
 
@@ -74,10 +44,10 @@ def git_commit() -> str | None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Everything above, with the time in UTC."""
+    """Everything above, the time in UTC, and what ``mtllm-fast env`` says: versions, hardware, backends."""
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(device),
+        "environment": environment(),
+        "execution": execution(device),
     }

@@ -24,8 +24,8 @@ def _ratio(values: dict[str, float] | None) -> str:
 
 def title(record: dict[str, Any]) -> str:
     """One line that says what was run, and on what."""
-    options, work, hardware = record["options"], record["workload"], record["hardware"]
-    device = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
+    options, work, execution = record["options"], record["workload"], record["execution"]
+    device = execution.get("gpu") or f"{record['environment']['hardware']['cpu']}, {execution['threads']} threads"
     return (
         f"{options['size']} {options['dtype']} on {device}: {work['texts']} {options['workload']}, "
         f"{work['tokens']:,} tokens, {options['rounds']} rounds"
@@ -66,7 +66,7 @@ def table(record: dict[str, Any]) -> Table:
 
 def caption(record: dict[str, Any]) -> str:
     """What the columns mean, as far as the headings do not say it, and what else is known of single peers."""
-    gate, versions = record["gate"], record["versions"]
+    gate, versions = record["gate"], record["environment"]["versions"]
     rows = {row["name"]: row for row in record["peers"]}
     memory = {
         "cuda-allocator": "peak of the CUDA allocator, weights included",
@@ -93,8 +93,7 @@ def caption(record: dict[str, Any]) -> str:
         lines.append(
             f"translate-*: timed on {translated[0]['texts']} of the texts, shortest to longest; output lengths forced"
         )
-    shown = [name for name in ("torch", "transformers", "triton") if name in versions]
-    lines.append(", ".join(f"{name} {versions[name]}" for name in shown))
+    lines.append(", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton")))
     return "\n".join(lines)
 
 
