@@ -233,4 +233,4 @@ def _case(kernel, dtype: str, **constants) -> TritonCase:
         "eps": "fp32",
     }
     name = f"{kernel.__name__} {dtype} {constants}"
-    return TritonCase(name, kernel, types, constants, multiples_of_16=("stride_h",), max_registers=80)
+    return TritonCase(name, kernel, types, constants, multiples_of_16=("stride_h",), max_registers=96)
