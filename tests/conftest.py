@@ -8,8 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small, and test workers share the cores
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU does not initialise CUDA
 
+import shutil
+from pathlib import Path
+
+import emulated_cuda
 import pytest
 import torch
+
+from mtllm_fast.core import native
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -21,6 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend's name. Where there is no GPU, "cuda" is csrc compiled for the CPU (see tests/emulated_cuda)."""
+    if request.param == "cuda" and HAS_GPU and native.why_not_built():
+        pytest.skip(str(native.why_not_built()))
+    if request.param == "cuda" and not HAS_GPU:
+        compiler = shutil.which("c++")
+        if compiler is None:
+            pytest.skip("neither a GPU nor a C++ compiler to emulate one")
+        module = emulated_cuda.OnCpuTensors(emulated_cuda.build(compiler, Path(__file__).parents[1] / "build"))
+        monkeypatch.setattr(native, "extension", lambda: module)
+        monkeypatch.setattr(native, "why_not_cuda", lambda tensor: None)
+        monkeypatch.setattr(native, "stream", lambda tensor: 0)
+    return request.param
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ owns the slots from ``cu_seqlens[b] // chunk + b`` on. These never overlap, sinc
 
 and there are at most ``T // chunk + B + 1`` of them (the last ones cover the tail after the last sentence), whatever
 the lengths. A program finds its sentence by counting how many sentences start at or before its slot; slots beyond the
-chunks of their sentence are idle. A sentence's result depends on its own tokens and on ``chunk`` alone.
+chunks of their sentence are idle. A sentence's result depends on its own tokens and on T and B, but neither on its
+neighbours nor on its place among them.
 """
 
 from __future__ import annotations

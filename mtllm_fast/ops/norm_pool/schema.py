@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import differentiable_once, savable, watched
-from mtllm_fast.core.native import why_not_cuda
 
 MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
 
@@ -32,7 +32,7 @@ def _why_not_kernels(hidden_states: Tensor) -> str | None:
 BACKENDS = Backends(
     "norm_pool",
     {
-        "cuda": lambda hidden_states: why_not_cuda(hidden_states) or _why_not_kernels(hidden_states),
+        "cuda": lambda hidden_states: native.why_not_cuda(hidden_states) or _why_not_kernels(hidden_states),
         "triton": lambda hidden_states: why_not_triton(hidden_states) or _why_not_kernels(hidden_states),
         "reference": lambda hidden_states: None,
     },
