@@ -102,6 +102,11 @@ def test_strided_rows_and_a_dead_tail(backend: str, device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_eps_may_be_zero(backend: str, device: torch.device) -> None:
+    check(backend, device, eps=0.0, dead_tail=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_strided_columns(backend: str, device: torch.device) -> None:
     hidden = packed_states((3, 5), 16, device=device)
     arguments = (torch.ones(16, device=device), cu_seqlens_of((3, 5), device))

@@ -1,5 +1,5 @@
 // As much of CUDA as csrc's simpler kernels use, on one CPU thread: what a kernel computes can be tested without a GPU.
-// The threads of a block are fibers that take turns at every __syncthreads and shuffle; blocks run one after the other.
+// The threads of a block are fibers that switch at every __syncthreads and shuffle; blocks run one after the other.
 // Not emulated: streams, the alignment that vector loads need, and every order in which threads may race.
 #pragma once
 
@@ -111,6 +111,7 @@ inline void launch(dim3 grid, dim3 threads, int, cudaStream_t, std::function<voi
   gridDim = grid;
   blockDim = threads;
   const int size = threads.x * threads.y;
+  uint32_t random = 0;  // lets warps run ahead of one another, so that a missing barrier shows
   state.fibers.resize(size);
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
@@ -119,12 +120,14 @@ inline void launch(dim3 grid, dim3 threads, int, cudaStream_t, std::function<voi
       state.warps.assign((size + 31) / 32, {});
       for (Fiber& fiber : state.fibers) fiber.started = fiber.done = false, fiber.exchanges = fiber.votes = 0;
       std::fill_n(state.counts, 3, 0);
-      // In turn from the front and from the back, so that a missing barrier shows in either direction.
-      for (bool backward = false; state.alive > 0; backward = !backward)
-        for (int i = 0; i < size; ++i) {
-          const int thread = backward ? size - 1 - i : i;
-          if (!state.fibers[thread].done) resume(thread);
+      while (state.alive > 0) {
+        for (int first = 0; first < size; first += 32) {
+          random = random * 1664525u + 1013904223u;
+          if (size > 32 && random >> 31) continue;
+          for (int thread = first; thread < std::min(first + 32, size); ++thread)
+            if (!state.fibers[thread].done) resume(thread);
         }
+      }
     }
 }
 
