@@ -51,7 +51,10 @@ def test_forward_and_backward_within_the_error_rule(lengths, heads, kv_heads, he
         if api.explain(q, k, backend=backend).chosen is None:
             continue  # a library that is not installed; the test below fixes what must be there
         got = _run(q, k, v, cu, lengths, backend, grad)
-        for name, x, p, t in zip(("out", "dq", "dk", "dv"), got, plain, truth, strict=True):
+        with torch.no_grad():  # on the CPU an implementation of its own
+            got.append(varlen_attention(q, k, v, cu, max(lengths), backend=backend))
+        expected = zip(("out", "dq", "dk", "dv", "inference"), got, [*plain, plain[0]], [*truth, truth[0]], strict=True)
+        for name, x, p, t in expected:
             bound = FACTOR[dtype] * (p.double() - t).norm() + floor
             assert (x.double() - t).norm() <= bound, (backend, name)
 
@@ -106,7 +109,8 @@ def test_compiles_without_breaks_or_recompiles():
         for lengths in ([3, 5], [9, 2, 2], [30, 1, 1, 1]):
             q, k, v, cu = _inputs(lengths, 4, 2, 16, torch.float32)
             want = varlen_attention(q, k, v, cu, max(lengths))
-            assert torch.equal(compiled(q, k, v, cu, max(lengths)), want)
+            # An eager call without gradients computes short sentences in another order of summation.
+            torch.testing.assert_close(compiled(q, k, v, cu, max(lengths)), want, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_on_the_cpu_takes_the_reference():

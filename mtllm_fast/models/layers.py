@@ -20,6 +20,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.models.linear import is_hooked, linear
 from mtllm_fast.ops.varlen_attention import varlen_attention
 
 
@@ -56,6 +58,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: nn.Module, dropout_p: fl
     return out.flatten(1)
 
 
+def _heads(projection: nn.Module, normed: Tensor, head_dim: int) -> Tensor:
+    """``[T, D] -> [T, heads, hd]``."""
+    return linear(projection, normed).unflatten(-1, (-1, head_dim))
+
+
 class PackedM2M100EncoderLayer(M2M100EncoderLayer):
     """Pre-LayerNorm encoder layer of M2M-100 and NLLB."""
 
@@ -70,29 +77,40 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
             return super().forward(hidden_states, attention_mask, **kwargs)
         attn = self.self_attn
         normed = self.self_attn_layer_norm(hidden_states)
-        q, k, v = (p(normed).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        attended = attn.out_proj(_attend(q, k, v, attn, attn.dropout, packed))
-        hidden_states = hidden_states + F.dropout(attended, self.dropout, self.training)
+        q, k, v = (_heads(p, normed, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        attended = _attend(q, k, v, attn, attn.dropout, packed)
+        hidden_states = self._add(hidden_states, attn.out_proj, attended)
 
-        inner = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        inner = self.fc2(F.dropout(inner, self.activation_dropout, self.training))
-        hidden_states = hidden_states + F.dropout(inner, self.dropout, self.training)
+        inner = linear(self.fc1, self.final_layer_norm(hidden_states), activation=self.activation_fn)
+        inner = F.dropout(inner, self.activation_dropout, self.training)
+        hidden_states = self._add(hidden_states, self.fc2, inner)
         if hidden_states.dtype == torch.float16:  # as the original: residuals of NLLB overflow fp16
             limit = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states
 
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
-    return bool(module._forward_pre_hooks or module._forward_hooks) or hasattr(module, "_hf_hook")
+    def _add(self, residual: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
+        """``residual + dropout(projection(x))``."""
+        if self.training and self.dropout > 0:
+            return residual + F.dropout(projection(x), self.dropout)
+        return linear(projection, x, plus=residual)
 
 
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``; a module that something has hooked into is called as it is."""
     if is_hooked(norm):
         return norm(x)
+    if x.device.type == "cpu" and not (watched(x, norm.weight) or needs_grad(x, norm.weight)):
+        return _rms_norm_on_cpu(x, norm.weight, norm.variance_epsilon)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``F.rms_norm`` in half of the passes over memory that PyTorch's CPU kernels make of it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    rstd = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
+    return (x * weight).mul_(rstd) if x.dtype == dtype else (x.to(dtype) * rstd).mul_(weight).to(x.dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,19 +127,22 @@ class _PackedDecoderLayer:
     def forward(self, hidden_states: Tensor, *args: Any, packed: PackedContext | None = None, **kwargs: Any) -> Tensor:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        hidden_states = hidden_states + self._attention(rms_norm(self.input_layernorm, hidden_states), packed)
+        attended = self._attention(rms_norm(self.input_layernorm, hidden_states), packed)
+        hidden_states = linear(self.self_attn.o_proj, attended, plus=hidden_states)
         mlp = self.mlp
         normed = rms_norm(self.post_attention_layernorm, hidden_states)
-        return hidden_states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+        gated = linear(mlp.up_proj, normed, times=linear(mlp.gate_proj, normed, activation=mlp.act_fn))
+        return linear(mlp.down_proj, gated, plus=hidden_states)
 
     def _attention(self, normed: Tensor, packed: PackedContext) -> Tensor:
+        """What ``o_proj`` projects, ``[T, H * hd]``."""
         attn = self.self_attn
         _check_window(attn, packed.max_seqlen)
-        q, k, v = (p(normed).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (_heads(p, normed, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):
             q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
         q, k = apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin)
-        return attn.o_proj(_attend(q, k, v, attn, attn.attention_dropout, packed))
+        return _attend(q, k, v, attn, attn.attention_dropout, packed)
 
 
 def _check_window(attn: nn.Module, max_seqlen: int) -> None:

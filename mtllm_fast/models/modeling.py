@@ -17,7 +17,8 @@ from mtllm_fast.models import encoding, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
-from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_hooked, to_packed_layers
+from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
+from mtllm_fast.models.linear import is_hooked
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,
     final_norm,

@@ -82,8 +82,9 @@ def varlen_attention(
     if chosen == "reference":
         return varlen_attention_reference(q, k, v, cu_seqlens, scale=scale, dropout_p=dropout_p)
     if q.device.type == "cpu":
-        run = schema.varlen_attention_cpu if needs_registered_op(q, k, v) else cpu.forward
-        return run(q, k, v, cu_seqlens, scale)[0]
+        if needs_registered_op(q, k, v):
+            return schema.varlen_attention_cpu(q, k, v, cu_seqlens, scale)[0]
+        return cpu.inference(q, k, v, cu_seqlens, scale)
     library = {
         "flash_attn": libraries.flash_attn,
         "torch_varlen": libraries.torch_varlen,
