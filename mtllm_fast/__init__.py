@@ -1,7 +1,7 @@
 """MT-LLM, fast: a translation encoder stacked under a bidirectional LLM, packed end to end.
 
 Importing this package is cheap: names load on first use. It also makes the ``nllb-llm2vec`` model type known to
-transformers' Auto classes, now if they are imported already, else at the moment they are.
+transformers' Auto classes, now if ``AutoConfig`` is imported already, else at the moment it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtllm_fast.configuration import MTLLMConfig as MTLLMConfig
     from mtllm_fast.models import MTLLM as MTLLM
-    from mtllm_fast.models import MTLLMConfig as MTLLMConfig
     from mtllm_fast.models import MTLLMForMultipleChoice as MTLLMForMultipleChoice
     from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
     from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "MTLLM": "mtllm_fast.models",
-    "MTLLMConfig": "mtllm_fast.models",
+    "MTLLMConfig": "mtllm_fast.configuration",
     "MTLLMForMultipleChoice": "mtllm_fast.models",
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
@@ -54,10 +54,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-class _RegisterAfterAutoClasses(importlib.abc.MetaPathFinder):
-    """Imports ``mtllm_fast.models`` (which registers the model type) right after transformers' Auto classes."""
+class _RegisterAfterAutoConfig(importlib.abc.MetaPathFinder):
+    """Imports ``mtllm_fast.configuration``, which registers the model type, right after ``AutoConfig``."""
 
-    target = "transformers.models.auto.modeling_auto"
+    target = "transformers.models.auto.configuration_auto"
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -72,13 +72,13 @@ class _RegisterAfterAutoClasses(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module("mtllm_fast.models")
+            importlib.import_module("mtllm_fast.configuration")
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-if _RegisterAfterAutoClasses.target in sys.modules:
-    importlib.import_module("mtllm_fast.models")
+if _RegisterAfterAutoConfig.target in sys.modules:
+    importlib.import_module("mtllm_fast.configuration")
 else:
-    sys.meta_path.insert(0, _RegisterAfterAutoClasses())
+    sys.meta_path.insert(0, _RegisterAfterAutoConfig())

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mtllm_fast"
 LEVELS = [
     {"core"},
     {"ops", "text", "tiny"},
-    {"packing", "tables", "testing"},
+    {"configuration", "packing", "tables", "testing"},
     {"shards"},
     {"models"},
     {"environment"},

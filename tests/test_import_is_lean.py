@@ -25,6 +25,28 @@ print(torch.cuda.is_initialized())
     assert run(script) == "[]\nFalse\n"
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "transformers.models.llama.modeling_llama",
+        "transformers.modeling_layers",
+        "transformers.configuration_utils",
+        "transformers.trainer",
+        "peft",
+    ],
+)
+def test_any_part_of_transformers_may_be_imported_next(module: str) -> None:
+    """They import one another in circles, with the Auto classes somewhere on the way."""
+    script = f"""
+import mtllm_fast
+import {module}
+from transformers import AutoConfig, AutoModel
+config = AutoConfig.for_model("nllb-llm2vec")
+print(AutoModel._model_mapping[type(config)].__name__)
+"""
+    assert run(script) == "MTLLM\n"
+
+
 @pytest.mark.parametrize("name", ["norm_pool", "explain"])
 def test_importing_an_op(name: str) -> None:
     script = f"""

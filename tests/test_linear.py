@@ -52,6 +52,20 @@ def test_as_accurate_as_the_modules(dtype, bias, name):
     assert_as_accurate({"y": got}, {"y": plain}, {"y": truth})
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("name", ["silu", "times", "plus"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_cpu_without_the_instructions_multiplies_in_float32(monkeypatch, dtype, name):
+    monkeypatch.setattr(linear_module, "_onednn_dtype", lambda dtype: torch.float32)
+    module, x, follows = case(dtype, True, name=name)
+    wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in follows.items()}
+    got = linear(module, x, **follows)
+    expected = linear(module.float(), x.float(), **wide).to(dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+
+
 @pytest.fixture
 def onednn_calls(monkeypatch):
     """How often oneDNN was found able to serve."""

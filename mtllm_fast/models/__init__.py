@@ -1,14 +1,13 @@
 """The stack as transformers models. Importing this package registers the Auto classes for ``nllb-llm2vec``."""
 
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
-from mtllm_fast.models.configuration import MTLLMConfig
+from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models.heads import (
     MTLLMForMultipleChoice,
     MTLLMForSequenceClassification,
@@ -25,7 +24,6 @@ __all__ = [
     "MTLLMOutput",
 ]
 
-AutoConfig.register(MTLLMConfig.model_type, MTLLMConfig, exist_ok=True)
 AutoModel.register(MTLLMConfig, MTLLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MTLLMConfig, MTLLMForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(MTLLMConfig, MTLLMForTokenClassification, exist_ok=True)

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from mtllm_fast.models.layers import PACKED_LLMS
 
 if TYPE_CHECKING:
-    from mtllm_fast.models.configuration import MTLLMConfig
+    from mtllm_fast.configuration import MTLLMConfig
 
 DEFAULT_ATTENTION = "mtllm_varlen"
 

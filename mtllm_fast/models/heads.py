@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from mtllm_fast.models.configuration import MTLLMConfig
+from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import prepare_inputs
 from mtllm_fast.models.modeling import MTLLM, MTLLMPreTrainedModel
 

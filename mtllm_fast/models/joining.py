@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, M2M100ForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
+from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models.attention import DEFAULT_ATTENTION
-from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.layers import PACKED_LLMS
 from mtllm_fast.models.probe import check_bidirectional
 from mtllm_fast.models.towers import rope_frequencies_kept

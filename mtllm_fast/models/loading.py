@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.core.errors import CheckpointError, TokenizerNotFoundError
-from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.probe import check_bidirectional
 from mtllm_fast.text.tokenization import load_tokenizer
 

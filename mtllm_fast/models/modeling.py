@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from transformers.utils import can_return_tuple
 
+from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models import encoding, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
-from mtllm_fast.models.configuration import MTLLMConfig
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
 from mtllm_fast.models.linear import is_hooked

@@ -1,10 +1,17 @@
-"""``MTLLMConfig``: the published ``config.json``, plus what the published checkpoint leaves implicit."""
+"""``MTLLMConfig``: the published ``config.json``, plus what the published checkpoint leaves implicit.
+
+Importing this file makes the model type known to ``AutoConfig``. The model classes follow when the first config is
+made, not before: this file may be imported from within an import of transformers, where model code (and the docstring
+of any single model's config) cannot be had yet.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, M2M100Config, PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 POOLINGS = ("mean", "cls", "eos")
 # The published checkpoint names no tokenizer; it is NLLB's, which this vocabulary identifies.
@@ -35,7 +42,7 @@ class MTLLMConfig(PreTrainedConfig):
     """
 
     model_type = "nllb-llm2vec"
-    sub_configs: ClassVar[dict[str, Any]] = {"nllb_config": M2M100Config, "llm2vec_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"nllb_config": AutoConfig, "llm2vec_config": AutoConfig}
 
     nllb_config: dict | PreTrainedConfig | None = None
     llm2vec_config: dict | PreTrainedConfig | None = None
@@ -45,11 +52,13 @@ class MTLLMConfig(PreTrainedConfig):
     tokenizer_name: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        importlib.import_module("mtllm_fast.models")  # registers the classes that the Auto classes look up next
         if self.nllb_config is None or isinstance(self.nllb_config, dict):
-            self.nllb_config = M2M100Config(**(self.nllb_config or {}))
+            self.nllb_config = _sub_config(self.nllb_config, "m2m_100")
         if self.llm2vec_config is None or isinstance(self.llm2vec_config, dict):
-            values = dict(self.llm2vec_config or {})
-            self.llm2vec_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+            self.llm2vec_config = _sub_config(self.llm2vec_config, "llama")
+        if self.nllb_config.model_type != "m2m_100":
+            raise ValueError(f"nllb_config must be of model_type 'm2m_100', got {self.nllb_config.model_type!r}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         # The supported switch for bidirectional attention from transformers 5.2 on; checked by a probe at load.
@@ -67,3 +76,11 @@ class MTLLMConfig(PreTrainedConfig):
         """Where to look for the tokenizer when the checkpoint folder has none; None: nowhere."""
         published = PUBLISHED_ENCODER if self.nllb_config.vocab_size == PUBLISHED_VOCABULARY else None
         return self.tokenizer_name or self.nllb_config.name_or_path or published
+
+
+def _sub_config(values: dict | None, model_type: str) -> PreTrainedConfig:
+    values = {"model_type": model_type, **(values or {})}
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+AutoConfig.register(MTLLMConfig.model_type, MTLLMConfig, exist_ok=True)
