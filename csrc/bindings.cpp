@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "mtllm/norm_pool.h"
+#include "mtllm/stack_projection.h"
 
 namespace {
 
@@ -35,6 +36,43 @@ mtllm::Status norm_pool_backward(int dtype, std::uintptr_t grad_pooled, std::uin
                                    pointer<CUstream_st>(stream));
 }
 
+using Address = std::uintptr_t;
+
+mtllm::StackShape stack_shape(std::int64_t num_tokens, std::int64_t width, std::int64_t columns, std::int64_t num_rotated,
+                              std::int64_t head_dim, float eps) {
+  return {num_tokens, width, columns, num_rotated, head_dim, eps};
+}
+
+mtllm::RopeTables rope_tables(Address cos, Address sin, std::int64_t row_stride, bool is_float32, Address position_ids) {
+  return {pointer<void>(cos), pointer<void>(sin), row_stride, is_float32, pointer<std::int64_t>(position_ids)};
+}
+
+mtllm::Status stack_products(int dtype, Address states, std::int64_t d, Address up_weight, Address up_bias,
+                             bool up_bias_is_float32, Address weight, Address residual, Address x, Address raw,
+                             Address squares, const mtllm::StackShape& shape, int device, Address stream) {
+  return mtllm::stack_products(static_cast<mtllm::DType>(dtype), pointer<void>(states), d, pointer<void>(up_weight),
+                               pointer<void>(up_bias), up_bias_is_float32, pointer<void>(weight), pointer<void>(residual),
+                               pointer<void>(x), pointer<float>(raw), pointer<float>(squares), shape, device,
+                               pointer<CUstream_st>(stream));
+}
+
+mtllm::Status stack_epilogue(int dtype, Address x, Address squares, Address raw, Address bias, Address qkv_bias,
+                             const mtllm::RopeTables& rope, Address qkv, Address rstd, const mtllm::StackShape& shape,
+                             int device, Address stream) {
+  return mtllm::stack_epilogue(static_cast<mtllm::DType>(dtype), pointer<void>(x), pointer<float>(squares),
+                               pointer<float>(raw), pointer<float>(bias), pointer<float>(qkv_bias), rope,
+                               pointer<void>(qkv), pointer<float>(rstd), shape, device, pointer<CUstream_st>(stream));
+}
+
+mtllm::Status stack_backward(int dtype, Address grad_x, Address grad_qkv, Address x, Address qkv, Address rstd,
+                             Address qkv_bias, const mtllm::RopeTables& rope, Address grad_hidden, Address grad_raw,
+                             const mtllm::StackShape& shape, int device, Address stream) {
+  return mtllm::stack_backward(static_cast<mtllm::DType>(dtype), pointer<void>(grad_x), pointer<void>(grad_qkv),
+                               pointer<void>(x), pointer<void>(qkv), pointer<float>(rstd), pointer<float>(qkv_bias), rope,
+                               pointer<void>(grad_hidden), pointer<void>(grad_raw), shape, device,
+                               pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -43,4 +81,11 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("status_message", &mtllm::status_message);
   module.def("norm_pool_forward", &norm_pool_forward);
   module.def("norm_pool_backward", &norm_pool_backward);
+  pybind11::class_<mtllm::StackShape>(module, "StackShape");
+  pybind11::class_<mtllm::RopeTables>(module, "RopeTables");
+  module.def("stack_shape", &stack_shape);
+  module.def("rope_tables", &rope_tables);
+  module.def("stack_products", &stack_products);
+  module.def("stack_epilogue", &stack_epilogue);
+  module.def("stack_backward", &stack_backward);
 }

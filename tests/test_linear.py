@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from mtllm_fast.core import onednn
 from mtllm_fast.models import linear as linear_module
 from mtllm_fast.models.layers import rms_norm
 from mtllm_fast.models.linear import linear
@@ -57,7 +58,7 @@ def test_as_accurate_as_the_modules(dtype, bias, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_a_cpu_without_the_instructions_multiplies_in_float32(monkeypatch, dtype, name):
-    monkeypatch.setattr(linear_module, "_onednn_dtype", lambda dtype: torch.float32)
+    monkeypatch.setattr(onednn, "product_dtype", lambda dtype: torch.float32)
     module, x, follows = case(dtype, True, name=name)
     wide = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in follows.items()}
     got = linear(module, x, **follows)

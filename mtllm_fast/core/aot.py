@@ -21,6 +21,8 @@ class TritonCase(NamedTuple):
     max_shared: int = 48 * 1024
     wide_loads: bool = True
     """Whether the kernel must read global memory 16 bytes at a time."""
+    tensor_cores: bool = False
+    """Whether it must multiply on the tensor cores: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100."""
 
 
 class CudaCase(NamedTuple):

@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mtllm_fast.core.dispatch import needs_grad, watched
 from mtllm_fast.models.linear import is_hooked, linear
+from mtllm_fast.ops.stack_projection.reference import apply_rope
 from mtllm_fast.ops.varlen_attention import varlen_attention
 
 
@@ -111,14 +112,6 @@ def _rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     rstd = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
     return (x * weight).mul_(rstd) if x.dtype == dtype else (x.to(dtype) * rstd).mul_(weight).to(x.dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE: x ``[T, H, hd]``, cos and sin ``[T, hd]`` whose two halves are equal."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    x1, x2 = x[..., :half], x[..., half:]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class _PackedDecoderLayer:

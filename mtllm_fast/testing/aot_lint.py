@@ -25,6 +25,7 @@ from mtllm_fast.ops import OPS
 from mtllm_fast.testing.cuda_lint import LOCAL_ACCESS, WIDE_LOAD, disassemble
 
 ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Report:
     local_accesses: int
     f64_instructions: int
     wide_loads: int
+    tensor_core_products: int
     problems: list[str]
 
 
@@ -57,6 +59,7 @@ def lint(case: TritonCase, arch: int) -> Report:
         "local_accesses": len(LOCAL_ACCESS.findall(sass)),
         "f64_instructions": len(re.findall(r"\.f64\b", compiled.asm["ptx"])),
         "wide_loads": len(WIDE_LOAD.findall(sass)),
+        "tensor_core_products": len(re.findall(TENSOR_CORES[arch], compiled.asm["ptx"])),
     }
     return Report(case.name, arch, **facts, problems=_problems(case, facts))
 
@@ -73,6 +76,8 @@ def _problems(case: TritonCase, facts: dict[str, int]) -> list[str]:
         problems.append(f"{facts['shared']} bytes of shared memory, the budget is {case.max_shared}")
     if case.wide_loads and not facts["wide_loads"]:
         problems.append("no 128-bit loads from global memory")
+    if case.tensor_cores and not facts["tensor_core_products"]:
+        problems.append("no product on the tensor cores")
     return problems
 
 

@@ -1,0 +1,60 @@
+"""Matrix products of plain CPU tensors by oneDNN, which also computes what follows while it writes the product.
+
+One pass over memory where PyTorch takes two or three, and in float32 a product that is faster than MKL's on AMD. Half
+precision on a CPU without instructions for it is multiplied in float32, weights cast on the way: PyTorch's own loop
+takes six times as long.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def serves(x: Tensor, *weights: Tensor) -> bool:
+    """Whether ``linear`` takes these. Whoever calls it has made sure that nobody watches or differentiates the call."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or product_dtype(x.dtype) is None:
+        return False
+    return all(w.dtype == x.dtype and w.device == x.device for w in weights)
+
+
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which oneDNN multiplies tensors of ``dtype`` on this CPU; None if it does not."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    native = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype not in native:
+        return None
+    return dtype if native[dtype]() else torch.float32
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    times: Tensor | None = None,
+    plus: Tensor | None = None,
+) -> Tensor:
+    """``activation(x Wᵀ + b) * times + plus``, at most one of the three: x ``[T, K]``, weight ``[N, K]`` -> ``[T, N]``.
+
+    ``activation`` is oneDNN's name: ``"none"``, ``"relu"``, ``"swish"``.
+    """
+    dtype = product_dtype(x.dtype)
+    x_c, weight, bias, times, plus = (None if t is None else t.to(dtype) for t in (x, weight, bias, times, plus))
+    onednn = torch.ops.mkldnn._linear_pointwise
+    if plus is not None:
+        y = onednn.binary(x_c, plus, weight, bias, "add")
+    elif times is not None:
+        y = onednn.binary(x_c, times, weight, bias, "mul")
+    else:
+        y = onednn(x_c, weight, bias, activation, [], None)
+    return y.to(x.dtype)
