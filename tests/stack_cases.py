@@ -42,10 +42,6 @@ def random_weights(
     )
 
 
-def cast(weights: StackWeights, dtype: torch.dtype) -> StackWeights:
-    return replace(weights, **{k: v.to(dtype) for k, v in vars(weights).items() if isinstance(v, Tensor)})
-
-
 def states(tokens: int, d: int, *, seed: int = 1) -> Tensor:
     """float64 states [T, d] around a common mean, as an encoder's are."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ takes six times as long.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -25,7 +26,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype in which oneDNN multiplies tensors of ``dtype`` on this CPU; None if it does not."""
     if not torch.backends.mkldnn.is_available():
         return None
-    native = {
+    native: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: lambda: True,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -49,7 +50,8 @@ def linear(
     ``activation`` is oneDNN's name: ``"none"``, ``"relu"``, ``"swish"``.
     """
     dtype = product_dtype(x.dtype)
-    x_c, weight, bias, times, plus = (None if t is None else t.to(dtype) for t in (x, weight, bias, times, plus))
+    x_c, weight = x.to(dtype), weight.to(dtype)
+    bias, times, plus = (None if t is None else t.to(dtype) for t in (bias, times, plus))
     onednn = torch.ops.mkldnn._linear_pointwise
     if plus is not None:
         y = onednn.binary(x_c, plus, weight, bias, "add")

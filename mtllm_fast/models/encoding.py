@@ -65,6 +65,7 @@ def encode(
     collector = _Collector(model, len(texts), options)
     truncated = 0
     with _inference(model), _progress_bar(show_progress_bar, len(texts)) as bar:
+        model.refresh_fused(thorough=True)
         for chunk, rows in _tokenized_chunks(model.tokenizer, texts, languages, options.max_length):
             truncated += chunk.n_truncated
             for batch in _batches(chunk.lengths, options.batch_tokens):

@@ -36,6 +36,7 @@ class PackedContext:
     dead_tail: bool = False
     cos: Tensor | None = None  # [T, hd], the LLM only
     sin: Tensor | None = None
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None  # of this layer, rotated, when they are known already
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PackedContext:
         """Lets accelerate's hooks carry the context along when layers live on several devices."""
@@ -120,22 +121,27 @@ class _PackedDecoderLayer:
     def forward(self, hidden_states: Tensor, *args: Any, packed: PackedContext | None = None, **kwargs: Any) -> Tensor:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        attended = self._attention(rms_norm(self.input_layernorm, hidden_states), packed)
+        attended = self._attention(hidden_states, packed)
         hidden_states = linear(self.self_attn.o_proj, attended, plus=hidden_states)
         mlp = self.mlp
         normed = rms_norm(self.post_attention_layernorm, hidden_states)
         gated = linear(mlp.up_proj, normed, times=linear(mlp.gate_proj, normed, activation=mlp.act_fn))
         return linear(mlp.down_proj, gated, plus=hidden_states)
 
-    def _attention(self, normed: Tensor, packed: PackedContext) -> Tensor:
+    def _attention(self, hidden_states: Tensor, packed: PackedContext) -> Tensor:
         """What ``o_proj`` projects, ``[T, H * hd]``."""
         attn = self.self_attn
         _check_window(attn, packed.max_seqlen)
+        q, k, v = self._qkv(hidden_states, packed) if packed.qkv is None else packed.qkv
+        return _attend(q, k, v, attn, attn.attention_dropout, packed)
+
+    def _qkv(self, hidden_states: Tensor, packed: PackedContext) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.self_attn
+        normed = rms_norm(self.input_layernorm, hidden_states)
         q, k, v = (_heads(p, normed, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         if hasattr(attn, "q_norm"):
             q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
-        q, k = apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin)
-        return _attend(q, k, v, attn, attn.attention_dropout, packed)
+        return apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin), v
 
 
 def _check_window(attn: nn.Module, max_seqlen: int) -> None:

@@ -52,4 +52,4 @@ def _onednn_serves(module: nn.Module, x: Tensor) -> bool:
     if x.device.type != "cpu" or type(module) is not nn.Linear or is_hooked(module):
         return False
     weights = (module.weight,) if module.bias is None else (module.weight, module.bias)
-    return onednn.serves(x, *weights) and not (watched(x, *weights) or needs_grad(x, *weights))
+    return not (watched(x, *weights) or needs_grad(x, *weights)) and onednn.serves(x, *weights)

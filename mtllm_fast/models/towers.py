@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,15 +64,22 @@ def run_llm(
     layout: PackedLayout,
     collect: list[Tensor] | None = None,
     num_layers: int | None = None,
+    *,
+    first_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """A decoder of a packed family, bidirectional: [T, D] -> [T, D] *before* its last RMSNorm."""
+    """A decoder of a packed family, bidirectional: [T, D] -> [T, D] *before* its last RMSNorm.
+
+    ``first_qkv``: q, k and v of the first layer, rotated, and ``rope``: the tables, where the caller has them already.
+    """
     hidden = inputs_embeds_TD
-    cos, sin = _rope_tables(llm, hidden, layout.position_ids)
+    cos, sin = rope_tables(llm, hidden, layout.position_ids) if rope is None else rope
     packed = _context(llm, layout, cos=cos, sin=sin)
-    for layer in llm.layers[:num_layers]:
+    for i, layer in enumerate(llm.layers[:num_layers]):
         if collect is not None:
             collect.append(hidden)
-        hidden = layer(hidden, packed=packed)
+        given = first_qkv is not None and i == 0
+        hidden = layer(hidden, packed=replace(packed, qkv=first_qkv) if given else packed)
     return hidden
 
 
@@ -80,7 +88,7 @@ def final_norm(llm: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
     return rms_norm(llm.norm, hidden_TD)
 
 
-def _rope_tables(llm: PreTrainedModel, like_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(llm: PreTrainedModel, like_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin ``[T, hd]`` in the dtype of the activations, from float32 angles."""
     cos, sin = llm.rotary_emb(like_TD, position_ids_T[None])
     return cos[0], sin[0]

@@ -90,9 +90,7 @@ def stack_projection(
     e, weights = _autocast(encoder_states, weights)
     _check(e, weights, cos, sin, position_ids, composite, form)
     if not _absorbs(e, weights, composite, form):
-        if position_ids is not None:
-            cos, sin = cos[position_ids], sin[position_ids]
-        return StackProjection(*specification(e, weights, cos, sin))
+        return StackProjection(*specification(e, weights, *_tables(cos, sin, position_ids, e.dtype)))
     if composite is None:
         composite = absorb(weights)
     norms = _head_norms(weights)
@@ -114,8 +112,7 @@ def stack_projection(
     sizes = [weights.q.shape[0], weights.k.shape[0], weights.v.shape[0]]
     q, k, v = (part.unflatten(1, (-1, weights.head_dim)) for part in qkv.split(sizes, dim=1))
     if after:
-        if position_ids is not None:
-            cos, sin = cos[position_ids], sin[position_ids]
+        cos, sin = _tables(cos, sin, position_ids, q.dtype)
         assert weights.q_norm is not None
         assert weights.k_norm is not None
         q = apply_rope(rms_norm(q, weights.q_norm, weights.eps), cos, sin)
@@ -156,10 +153,19 @@ def _absorbs(e: Tensor, weights: StackWeights, composite: Composite | None, form
 
 
 def _autocast(e: Tensor, weights: StackWeights) -> tuple[Tensor, StackWeights]:
-    if not isinstance(e, Tensor) or not torch.is_autocast_enabled(e.device.type) or e.dtype == torch.float64:
+    if not isinstance(e, Tensor) or e.dtype == torch.float64 or not torch.amp.is_autocast_available(e.device.type):
+        return e, weights
+    if not torch.is_autocast_enabled(e.device.type):
         return e, weights
     dtype = torch.get_autocast_dtype(e.device.type)
     return e.to(dtype), replace(weights, up=weights.up.to(dtype))
+
+
+def _tables(cos: Tensor, sin: Tensor, position_ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A row per token, in the dtype of what they turn, as the models have them."""
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
+    return cos.to(dtype), sin.to(dtype)
 
 
 def _head_norms(weights: StackWeights) -> Tensor | None:

@@ -17,7 +17,9 @@ A second half-precision matrix, the *residual* of ΔC, removes the rest at 1.6 t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +56,12 @@ class StackWeights:
         return tuple(value for value in vars(self).values() if isinstance(value, Tensor))
 
     def double(self) -> StackWeights:
-        return replace(self, **{k: v.double() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return self.map(Tensor.double)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> StackWeights:
+        """The same with each tensor replaced."""
+        values: dict[str, Any] = {name: function(v) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return StackWeights(**values)
 
 
 @dataclass(frozen=True)

@@ -281,16 +281,16 @@ def lint_cases() -> list[TritonCase]:
     llama = {"d": 1024, "D": 4096, "N": 6144, "ROTATED": 5120, "HD": 128}
     odd = {"d": 1000, "D": 2000, "N": 960, "ROTATED": 720, "HD": 80}
     return [
-        *(case for tokens in (32, 512, 16384) for case in _cases(tokens, "bf16", **llama)),
-        *_cases(4096, "fp16", extras=("up_bias", "residual", "qkv_bias", "position_ids"), **llama),
-        *_cases(512, "bf16", extras=("head_norms",), **llama),
-        *_cases(512, "bf16", **odd),
-        *_cases(512, "fp32", **llama),
+        *(case for tokens in (32, 512, 16384) for case in _cases(tokens, "bf16", llama)),
+        *_cases(4096, "fp16", llama, "up_bias", "residual", "qkv_bias", "position_ids"),
+        *_cases(512, "bf16", llama, "head_norms"),
+        *_cases(512, "bf16", odd),
+        *_cases(512, "fp32", llama),
         _case(backward_kernel, "bf16", ("qkv_bias",), {k: v for k, v in llama.items() if k != "d"} | BACKWARD, 80),
     ]
 
 
-def _cases(tokens: int, dtype: str, extras: tuple[str, ...] = (), **sizes: int) -> list[TritonCase]:
+def _cases(tokens: int, dtype: str, sizes: dict[str, int], *extras: str) -> list[TritonCase]:
     constants = {**sizes, **tiles(tokens, 4 if dtype == "fp32" else 2, "residual" in extras), "UPCAST": False}
     columns = triton.cdiv(sizes["D"], constants["BN"])
     up = {k: v for k, v in constants.items() if k not in ("N", "ROTATED", "HD")}

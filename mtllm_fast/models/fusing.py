@@ -1,0 +1,209 @@
+"""``MTLLM.fuse``: the absorbed first stage for inference, checked when it is built and again whenever it is used.
+
+A composite is derived from parameters, so it must never outlive them: every use compares what it was built from (which
+modules and parameters, their storage, version and, on the host, a checksum of their bits) and builds it anew if any of
+it has changed. It is no parameter and no buffer, so it enters no state dict.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mtllm_fast.core.errors import TokenizerNotFoundError
+from mtllm_fast.models.stack import base_linear, stack_weights, why_not_fusable
+from mtllm_fast.models.towers import rope_tables, run_encoder
+from mtllm_fast.ops.stack_projection import Composite, StackWeights, stack_projection
+from mtllm_fast.ops.stack_projection.composite import absorb
+from mtllm_fast.ops.varlen_attention.reference import varlen_attention_reference
+from mtllm_fast.packing import PackedLayout, pack_token_ids, position_ids_from_cu_seqlens
+from mtllm_fast.text.tokenization import tokenize
+from mtllm_fast.tiny import article_1
+
+if TYPE_CHECKING:
+    from mtllm_fast.models.modeling import MTLLM
+
+logger = logging.getLogger("mtllm_fast")
+
+# A form serves if it errs no more than the modules per element, and at most so many times as much in the attention's
+# output, where an error that all tokens share is not averaged away.
+ATTENTION_FACTOR = 3.0
+_CHECK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """Which form ``fuse`` took and why; ``print`` it.
+
+    Attributes:
+        form: ``"absorbed"``, ``"absorbed + residual"`` or ``"unabsorbed"`` (the modules as they are).
+        errors: for the modules and each form tried, the relative error against float64 of (q, k, v) and of the first
+            attention's output; empty for float32 and wider models, which need no check.
+        released: whether q, k and v of the first layer were moved to the host.
+    """
+
+    form: str
+    errors: dict[str, tuple[float, float]]
+    released: bool
+
+    def __str__(self) -> str:
+        lines = [f"first stage: {self.form}" + (", its q, k and v on the host" if self.released else "")]
+        lines += [f"  {name}: q, k, v {qkv:.1e}, attention {out:.1e}" for name, (qkv, out) in self.errors.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A composite (None: no form was accurate enough) and what it was built from."""
+
+    composite: Composite | None
+    sources: tuple[Any, ...]
+    report: FuseReport
+    device: torch.device
+
+
+def fuse(model: MTLLM) -> Fused:
+    """See ``MTLLM.fuse``."""
+    if reason := why_not_fusable(model):
+        raise ValueError(f"the first stage cannot be fused: {reason}")
+    device = model.up_proj.weight.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        weights = stack_weights(model).map(lambda tensor: tensor.to(device))
+        composite, form, errors = _build(model, weights)
+    released = composite is not None and device.type == "cuda"
+    if released:
+        for module in _released_modules(model):
+            module.to("cpu")
+    report = FuseReport(form, errors, released)
+    return Fused(composite, _sources(model), report, device)
+
+
+def unfuse(model: MTLLM, fused: Fused) -> None:
+    """Bring back what ``fuse`` moved to the host."""
+    if fused.report.released:
+        for module in _released_modules(model):
+            module.to(fused.device)
+
+
+def is_fresh(model: MTLLM, fused: Fused, thorough: bool) -> bool:
+    """Whether nothing that the composite was built from has changed. ``thorough``: read device memory too."""
+    if why_not_fusable(model) is not None:
+        return False
+    now = _sources(model, thorough)
+    return len(now) == len(fused.sources) and all(
+        new[:-1] == old[:-1] and (new[-1] is None or new[-1] == old[-1])
+        for new, old in zip(now, fused.sources, strict=True)
+    )
+
+
+def _released_modules(model: MTLLM) -> list[nn.Linear]:
+    attn = model.llm2vec.layers[0].self_attn
+    return [base_linear(module) for module in (attn.q_proj, attn.k_proj, attn.v_proj)]
+
+
+def _sources(model: MTLLM, thorough: bool = True) -> tuple[tuple[Any, ...], ...]:
+    attn = model.llm2vec.layers[0].self_attn
+    modules = tuple(id(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    return tuple(
+        (
+            modules,
+            id(t),
+            t.data_ptr(),
+            None if t.is_inference() else t._version,
+            t.dtype,
+            t.device,
+            tuple(t.shape),
+            _checksum(t, thorough),
+        )
+        for t in stack_weights(model).tensors()
+    )
+
+
+def _checksum(tensor: Tensor, thorough: bool) -> int | None:
+    """A sum of the bits: in-place edits through ``.data`` leave no other trace. None: would wait for a device."""
+    if not thorough and tensor.device.type != "cpu":
+        return None
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))
+
+
+def _build(model: MTLLM, weights: StackWeights) -> tuple[Composite | None, str, dict[str, tuple[float, float]]]:
+    wide = absorb(weights)
+    dtype = weights.up.dtype
+    if wide.weight.dtype == dtype:
+        return wide, "absorbed", {}
+    states = _encoder_states(model)
+    calibration, sample = states[: len(states) // 2], states[len(states) // 2 :]
+    mean = calibration.mean(0, dtype=wide.weight.dtype)
+    check = _Check(model, weights, sample[:_CHECK_TOKENS])
+    errors = {"modules": check.error(None)}
+    for form, residual in (("absorbed", False), ("absorbed + residual", True)):
+        composite = wide.rounded(dtype, mean, residual=residual)
+        errors[form] = check.error(composite)
+        if errors[form][0] <= errors["modules"][0] and errors[form][1] <= ATTENTION_FACTOR * errors["modules"][1]:
+            return composite, form, errors
+        logger.warning("fuse: %s errs by %.1e (attention %.1e), the modules by %.1e (%.1e); trying the next safer form",
+                       form, *errors[form], *errors["modules"])  # fmt: skip
+    return None, "unabsorbed", errors
+
+
+class _Check:
+    """The error of a form on states of the encoder, taken as one sentence, against float64."""
+
+    def __init__(self, model: MTLLM, weights: StackWeights, states: Tensor) -> None:
+        self.weights, self.states = weights, states
+        positions = torch.arange(len(states), device=states.device)
+        self.rope = rope_tables(model.llm2vec, states, positions)
+        rope = [table.double() for table in self.rope]
+        self.truth = stack_projection(states.double(), weights.double(), *rope, form="unabsorbed")[1:]
+        self.attended = self._attend(self.truth)
+
+    def error(self, composite: Composite | None) -> tuple[float, float]:
+        """Of the modules if ``composite`` is None."""
+        form = "unabsorbed" if composite is None else "absorbed"
+        qkv = stack_projection(self.states, self.weights, *self.rope, composite=composite, form=form)[1:]
+        worst = max(_relative(a, b) for a, b in zip(qkv, self.truth, strict=True))
+        return worst, _relative(self._attend(qkv), self.attended)
+
+    def _attend(self, qkv: Sequence[Tensor]) -> Tensor:
+        bounds = torch.tensor([0, len(self.states)], dtype=torch.int32)
+        q, k, v = (t.double() for t in qkv)
+        return varlen_attention_reference(q, k, v, bounds, scale=q.shape[-1] ** -0.5)
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def _encoder_states(model: MTLLM) -> Tensor:
+    device = model.up_proj.weight.device
+    inputs = pack_token_ids(_calibration_ids(model))
+    ids, cu_seqlens = (inputs[name].to(device) for name in ("input_ids", "cu_seqlens"))
+    longest = int(cu_seqlens.diff().max())
+    positions = position_ids_from_cu_seqlens(cu_seqlens, len(ids))
+    layout = PackedLayout(cu_seqlens=cu_seqlens, position_ids=positions, max_seqlen=longest)
+    was_training = model.training
+    model.eval()
+    try:
+        return run_encoder(model.nllb_encoder, ids, layout)
+    finally:
+        model.train(was_training)
+
+
+def _calibration_ids(model: MTLLM) -> list[list[int]]:
+    """Token ids of a text that comes with the package in many languages; without a tokenizer random ones."""
+    try:
+        tokenizer = model._find_tokenizer(local_files_only=True)
+    except TokenizerNotFoundError:
+        generator = torch.Generator().manual_seed(0)
+        size = model.nllb_encoder.embed_tokens.num_embeddings
+        return torch.randint(4, size, (16, 48), generator=generator).tolist()
+    languages, texts = zip(*[*article_1().items()][::3], strict=True)
+    tokenized = tokenize(tokenizer, texts, languages, 256)
+    return [part.tolist() for part in np.split(tokenized.ids, tokenized.offsets[1:-1])]

@@ -1,0 +1,166 @@
+"""The way into the LLM: up-projection, and q, k and v of its first layer by the fused op where that is right and pays.
+
+Training absorbs the live weights on every step from the break-even number of tokens on; a LoRA on q, k or v is a branch
+on the normed x beside the absorbed base. Inference absorbs after ``fuse()`` (``fusing.py``). In every other case, and
+for modules that are not what the op expects, the modules run one after the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mtllm_fast.core.dispatch import needs_grad
+from mtllm_fast.models.linear import is_hooked
+from mtllm_fast.models.towers import rope_tables
+from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
+from mtllm_fast.ops.stack_projection.composite import break_even_tokens
+from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm
+from mtllm_fast.packing import PackedLayout
+
+if TYPE_CHECKING:
+    from mtllm_fast.models.modeling import MTLLM
+
+Rope = tuple[Tensor, Tensor]
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the layers start from: x ``[T, D]``, and, where they are known already, q, k, v and the rotary tables."""
+
+    x: Tensor
+    qkv: QKV | None = None
+    rope: Rope | None = None
+
+
+def enter(model: MTLLM, encoded_Td: Tensor, layout: PackedLayout) -> Entry:
+    """From the encoder's states to the first layer of a packed LLM."""
+    composite = model.composite(encoded_Td)
+    if composite is None and not _absorbs_live_weights(model, encoded_Td):
+        return Entry(model.up_proj(encoded_Td))
+    attn, norm = model.llm2vec.layers[0].self_attn, model.llm2vec.layers[0].input_layernorm
+    rope = rope_tables(model.llm2vec, encoded_Td.to(_compute_dtype(encoded_Td)), layout.position_ids)
+    x, q, k, v = stack_projection(encoded_Td, stack_weights(model), *rope, composite=composite, form="absorbed")
+    deltas = _lora_deltas((attn.q_proj, attn.k_proj, attn.v_proj), norm, x)
+    if deltas is not None:
+        q, k, v = (
+            t if delta is None else t + (apply_rope(_heads(delta, t), *rope) if rotated else _heads(delta, t))
+            for t, delta, rotated in zip((q, k, v), deltas, (True, True, False), strict=True)
+        )
+    return Entry(x, (q, k, v), rope)
+
+
+def stack_weights(model: MTLLM) -> StackWeights:
+    """The live parameters of the stage. Ask ``why_not_fusable`` first."""
+    layer = model.llm2vec.layers[0]
+    attn = layer.self_attn
+    q, k, v = (base_linear(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    has_norms = hasattr(attn, "q_norm")
+    return StackWeights(
+        up=model.up_proj.weight, up_bias=model.up_proj.bias,
+        norm=layer.input_layernorm.weight, eps=layer.input_layernorm.variance_epsilon, head_dim=attn.head_dim,
+        q=q.weight, k=k.weight, v=v.weight, q_bias=q.bias, k_bias=k.bias, v_bias=v.bias,
+        q_norm=attn.q_norm.weight if has_norms else None, k_norm=attn.k_norm.weight if has_norms else None,
+    )  # fmt: skip
+
+
+def why_not_fusable(model: MTLLM) -> str | None:
+    """Why the modules of the stage cannot be read as plain weights, or None if they can."""
+    if not model.packed_llm:
+        return f"{type(model.llm2vec).__name__} has no packed layers"
+    layer = model.llm2vec.layers[0]
+    attn = layer.self_attn
+    norms = [layer.input_layernorm] + [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
+    if hasattr(layer, "_hf_hook") or any(map(is_hooked, norms)):
+        return "something has hooked into the first layer"
+    linears = {"up_proj": model.up_proj} | {name: getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj")}
+    for name, module in linears.items():
+        reason = _why_not_plain(module, allow_lora=name != "up_proj" and not hasattr(attn, "q_norm"))
+        if reason:
+            return f"{name} {reason}"
+    return None
+
+
+def _why_not_plain(module: nn.Module, allow_lora: bool) -> str | None:
+    base = module
+    if allow_lora and _is_lora(module):
+        base = module.base_layer
+        if reason := _why_not_simple_lora(module):
+            return reason
+    if type(base) is not nn.Linear:
+        return f"is a {type(base).__name__}"
+    if is_hooked(module) or is_hooked(base):
+        return "is hooked"
+    if type(base.weight) is not nn.Parameter or base.weight.shape != (base.out_features, base.in_features):
+        return "is sharded"
+    return "is not loaded" if base.weight.is_meta else None
+
+
+def _is_lora(module: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.lora.layer")  # no PEFT module without PEFT
+    return peft is not None and type(module) is peft.Linear
+
+
+def _why_not_simple_lora(module: Any) -> str | None:
+    """PEFT's plain LoRA: merged, switched off, or a sum of B A dropout(x)."""
+    if module.merged:
+        return "has a merged adapter that is switched off" if module.disable_adapters else None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if any(name in getattr(module, "lora_variant", {}) for name in active) or getattr(module, "fan_in_fan_out", False):
+        return "has a variant of LoRA"
+    return None
+
+
+def base_linear(module: nn.Module) -> nn.Linear:
+    return module.base_layer if _is_lora(module) else module
+
+
+def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:
+    """In training, where a composite pays. Evaluation without ``fuse()`` never does: its results would depend on T."""
+    if not model.training or encoded_Td.shape[0] < break_even_tokens(*reversed(model.up_proj.weight.shape)):
+        return False
+    return why_not_fusable(model) is None and differentiates(model, encoded_Td)
+
+
+def differentiates(model: MTLLM, encoded_Td: Tensor) -> bool:
+    """Whether autograd records the stage."""
+    layer = model.llm2vec.layers[0]
+    modules = (model.up_proj, layer.input_layernorm, layer.self_attn)
+    return needs_grad(encoded_Td, *(parameter for module in modules for parameter in module.parameters()))
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def _lora_deltas(modules: tuple[nn.Module, ...], norm: nn.Module, x: Tensor) -> list[Tensor | None] | None:
+    """What the active adapters add to q, k and v, ``[T, H * hd]`` each; None where there is none."""
+    if not any(_is_lora(m) and not m.merged and not m.disable_adapters for m in modules):
+        return None
+    normed = rms_norm(x, norm.weight, norm.variance_epsilon)
+    return [_lora_delta(module, normed) if _is_lora(module) else None for module in modules]
+
+
+def _lora_delta(module: Any, normed: Tensor) -> Tensor | None:
+    """Σ scaling · B A dropout(x) over the active adapters, as PEFT's own forward computes it."""
+    if module.merged or module.disable_adapters:
+        return None
+    total: Tensor | None = None
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+        inputs = module.lora_dropout[name](module._cast_input_dtype(normed, lora_a.weight.dtype))
+        delta = lora_b(lora_a(inputs)) * module.scaling[name]
+        total = delta if total is None else total + delta
+    return None if total is None else total.to(normed.dtype)
+
+
+def _heads(delta: Tensor, like: Tensor) -> Tensor:
+    return delta.view(like.shape)
