@@ -62,7 +62,7 @@ def make_problem(sentences: int, shortest: int, longest: int) -> Problem:
 
 
 def padded(problem: Problem) -> Attend:
-    """SDPA on the padded grid with a key mask."""
+    """SDPA on the padded grid with a key mask and, as in transformers, repeated keys: GQA with a mask is slow."""
     longest = max(problem.lengths)
     mask_BL = torch.arange(longest, device=DEVICE) < torch.tensor(problem.lengths, device=DEVICE)[:, None]
     rows = mask_BL.flatten().nonzero().squeeze(1)
@@ -72,7 +72,8 @@ def padded(problem: Problem) -> Attend:
         for packed in (q, k, v):
             grid = packed.new_zeros(mask_BL.numel(), *packed.shape[1:]).index_copy(0, rows, packed)
             grids.append(grid.unflatten(0, mask_BL.shape).transpose(1, 2))
-        out = F.scaled_dot_product_attention(*grids, attn_mask=mask_BL[:, None, None], enable_gqa=True)
+        grids[1:] = (grid.repeat_interleave(HEADS // KV_HEADS, 1) for grid in grids[1:])
+        out = F.scaled_dot_product_attention(*grids, attn_mask=mask_BL[:, None, None])
         return out.transpose(1, 2).flatten(0, 1)[rows]
 
     return attend

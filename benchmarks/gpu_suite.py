@@ -5,9 +5,9 @@
     python benchmarks/gpu_suite.py --dry-run
 
 Each stage is a process of its own with a time budget and a result file. A stage that fails or runs out of time (its
-whole process group is killed) does not stop the next ones. Nothing is fetched from a network. DIR ends up with at
-most eight files: ``<stage>.log`` or ``<stage>.json`` per stage, ``benchmarks.log`` (what the benchmark stages
-printed) and ``summary.json``, which is rewritten after every stage.
+whole process group is killed) does not stop the next ones. Nothing is fetched from a network. DIR ends up with
+``<stage>.log`` and, of a benchmark, ``<stage>.json`` per stage, and ``summary.json``, which is rewritten after every
+stage; what an earlier run left there of other stages stays. The throughput stages take the largest model that fits.
 
 Exit code: 0, every chosen stage passed; 1, a stage failed or timed out; 3, none failed, but stages that need a GPU
 could not run because there is none (status "no GPU").
@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,62 +38,65 @@ SMALL_KERNELS = "benchmarks/sanitizer_target.py"
 class Stage:
     """Commands that run one after the other until one fails, within one budget.
 
-    ``files`` are the result files, beside the log, that the commands write into DIR.
+    ``result`` says whether the commands write ``<name>.json`` into DIR, beside the log.
     """
 
     name: str
     budget_seconds: float
     commands: tuple[tuple[str, ...], ...]
-    log: str
-    files: tuple[str, ...] = ()
+    result: bool = False
     needs_gpu: bool = True
     environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def log(self) -> str:
+        return f"{self.name}.log"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.log, f"{self.name}.json") if self.result else (self.log,)
 
 
 def sanitizer(tool: str, *options: str) -> tuple[str, ...]:
     """One compute-sanitizer run over small shapes of every CUDA kernel of ours, and of no other library."""
     ours_alone = ("--kernel-regex", "kns=mtllm", "--error-exitcode", "9")
-    return ("compute-sanitizer", "--tool", tool, *options, *ours_alone, sys.executable, SMALL_KERNELS)
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return (program, "--tool", tool, *options, *ours_alone, sys.executable, SMALL_KERNELS)
 
 
-def throughput(out: Path, workload: str, peers: str, texts: int, rounds: int) -> tuple[str, ...]:
-    """One throughput run at 8B."""
+def throughput(out: Path, stage: str, size: str, workload: str, peers: str, texts: int, rounds: int) -> tuple[str, ...]:
+    """One throughput run, into the result file of its stage."""
     return (
-        sys.executable, "benchmarks/throughput.py", "--size", "8b", "--dtype", "bf16", "--device", "cuda",
+        sys.executable, "benchmarks/throughput.py", "--size", size, "--dtype", "bf16", "--device", "cuda",
         "--workload", workload, "--peers", peers, "--sentences", str(texts), "--rounds", str(rounds),
-        "--out", str(out), "--no-plot",
+        "--out", str(out / f"{stage}.json"), "--no-plot",
     )  # fmt: skip
 
 
-def all_stages(out: Path) -> list[Stage]:
+GPU_TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "stack_projection", "norm_pool", "varlen_attention"))
+
+
+def all_stages(out: Path, size: str) -> list[Stage]:
     """The suite, cheap and indispensable stages first: what the total budget cuts off is at the end."""
     python = sys.executable
     peers = "reference,reference-sorted,ours"
-    sentences, documents = out / "sentences.json", out / "documents.json"
+
+    def encode(name: str, budget_seconds: float, workload: str, peers: str, texts: int, rounds: int) -> Stage:
+        command = throughput(out, name, size, workload, peers, texts, rounds)
+        return Stage(name, budget_seconds, (command,), result=True)
+
+    ops = (python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'ops.json'}")
     return [
         Stage(
             "build",
             90,
             ((python, "setup.py", "build_ext", "--inplace"), (python, "-m", "mtllm_fast.cli", "env")),
-            log="build.log",
             needs_gpu=False,
             environment=(("MTLLM_FAST_CUDA", "1"),),
         ),
-        Stage("tests", 150, ((python, "-m", "pytest", "-q", "-m", "gpu", "tests"),), log="tests.log"),
-        Stage(
-            "sentences",
-            120,
-            (throughput(sentences, "sentences", f"{peers},translate-test", texts=1024, rounds=5),),
-            log="benchmarks.log",
-            files=("sentences.json",),
-        ),
-        Stage(
-            "ops",
-            90,
-            ((python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={out / 'ops.json'}"),),
-            log="benchmarks.log",
-            files=("ops.json",),
-        ),
+        Stage("tests", 170, ((python, "-m", "pytest", "-q", *GPU_TESTS),)),
+        encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
+        Stage("ops", 120, (ops,), result=True),
         Stage(
             "sanitizer",
             90,
@@ -101,33 +105,26 @@ def all_stages(out: Path) -> list[Stage]:
                 sanitizer("racecheck", "--racecheck-report", "all"),
                 sanitizer("initcheck"),
             ),
-            log="sanitizer.log",
             # Freed and uninitialised memory must be visible to the tools, not pooled by torch's allocator.
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         ),
-        Stage(
-            "documents",
-            90,
-            (throughput(documents, "documents", peers, texts=192, rounds=5),),
-            log="benchmarks.log",
-            files=("documents.json",),
-        ),
-        # Compiling 44 layers may take longer than all the rest, so it comes last and apart; it adds a second line to
-        # the result of "sentences".
-        Stage(
-            "compiled",
-            150,
-            (throughput(sentences, "sentences", f"{peers},compiled", texts=1024, rounds=3),),
-            log="benchmarks.log",
-            files=("sentences.json",),
-        ),
+        encode("documents", 90, "documents", peers, texts=192, rounds=5),
+        encode("translate", 90, "sentences", "ours,translate-test", texts=1024, rounds=3),
+        # Compiling 44 layers may take longer than all the rest, so it comes last.
+        encode("compiled", 150, "sentences", f"{peers},compiled", texts=1024, rounds=3),
     ]
 
 
-def has_gpu() -> bool:
-    """Whether torch sees a GPU; asked in another process, so that this one holds no CUDA context."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+def gpu_memory() -> float:
+    """GiB of the first GPU, 0 without one; asked in another process, so that this one holds no CUDA context."""
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 2**30 if done.returncode == 0 else 0.0
+
+
+def size_for(memory: float) -> str:
+    """The largest benchmark model whose weights and a batch of 16k tokens fit, with the translator beside it."""
+    return "8b" if memory > 30 else "1b" if memory > 8 else "small"
 
 
 def run_command(
@@ -192,13 +189,14 @@ def shorten(path: Path) -> None:
         path.write_bytes(content[:half] + b"\n[... cut ...]\n" + content[-half:])
 
 
-def run_suite(stages: Sequence[Stage], out: Path, say: Callable[[str], None] = print) -> int:
+def run_suite(stages: Sequence[Stage], out: Path, gpu: bool, say: Callable[[str], None] = print) -> int:
     """Run the stages in order and return the exit code (see the module's docstring)."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in {name for stage in stages for name in (stage.log, *stage.files)}:
-        (out / name).unlink(missing_ok=True)  # an old result must not pass for this run's
     deadline = time.monotonic() + TOTAL_SECONDS
-    gpu = any(stage.needs_gpu for stage in stages) and has_gpu()
+    summary = out / "summary.json"
+    chosen = {stage.name for stage in stages}
+    earlier = json.loads(summary.read_text())["stages"] if summary.exists() else []
+    earlier = [result for result in earlier if result["stage"] not in chosen]
     results: list[dict[str, object]] = []
     for stage in stages:
         left = deadline - time.monotonic()
@@ -208,11 +206,13 @@ def run_suite(stages: Sequence[Stage], out: Path, say: Callable[[str], None] = p
             result = {"stage": stage.name, "status": "timed out", "seconds": 0.0}
         else:
             say(f"{stage.name}: at most {min(stage.budget_seconds, left):.0f} s")
+            for name in stage.files:
+                (out / name).unlink(missing_ok=True)  # an old result must not pass for this run's
             result = run_stage(stage, out, min(stage.budget_seconds, left))
             shorten(out / stage.log)
-        result["files"] = [name for name in dict.fromkeys((stage.log, *stage.files)) if (out / name).exists()]
+        result["files"] = [name for name in stage.files if "seconds" in result and (out / name).exists()]
         results.append(result)
-        (out / "summary.json").write_text(json.dumps({"stages": results}, indent=2) + "\n")
+        summary.write_text(json.dumps({"stages": [*earlier, *results]}, indent=2) + "\n")
     say(f"\n{'stage':<12}{'status':<12}{'seconds':>8}  files")
     for result in results:
         files = ", ".join(result["files"])  # type: ignore[arg-type]
@@ -228,10 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
     parser.add_argument("--stages", metavar="A,B", help="only these, in the suite's order")
+    parser.add_argument("--size", choices=("small", "1b", "8b"), help="of the throughput stages; default: what fits")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    stages = all_stages(out)
+    memory = 0.0 if options.dry_run else gpu_memory()
+    stages = all_stages(out, options.size or size_for(memory))
     if options.stages is not None:
         chosen = options.stages.split(",")
         known = [stage.name for stage in stages]
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"at most {min(TOTAL_SECONDS, sum(stage.budget_seconds for stage in stages)):.0f} s in all")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running command is ended
-    return run_suite(stages, out)
+    return run_suite(stages, out, gpu=memory > 0)
 
 
 if __name__ == "__main__":

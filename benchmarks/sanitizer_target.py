@@ -10,7 +10,8 @@ import itertools
 
 import torch
 
-from mtllm_fast import norm_pool
+from mtllm_fast import norm_pool, stack_projection
+from mtllm_fast.ops.stack_projection import StackWeights
 
 WIDTHS = (1, 41, 256, 2000)
 LENGTHS = (3, 0, 70, 1)
@@ -33,13 +34,43 @@ def run_norm_pool(width: int, dtype: torch.dtype, pooling: str) -> None:
         torch.testing.assert_close(ours, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
 
 
+# (T, d, D, head_dim): one token, part of a tile, more than the kernel for few tokens takes.
+STACKS = ((1, 24, 40, 8), (45, 1064, 72, 24), (70, 64, 136, 32))
+
+
+def run_stack_projection(tokens: int, d: int, width: int, head_dim: int, dtype: torch.dtype) -> None:
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) / shape[-1] ** 0.5).to("cuda", dtype)
+
+    rows = 2 * head_dim
+    weights = StackWeights(
+        up=random(width, d), norm=random(width), q=random(rows, width), k=random(rows, width), v=random(rows, width),
+        head_dim=head_dim, eps=1e-5, up_bias=random(width), q_bias=random(rows), v_bias=random(rows),
+    )  # fmt: skip
+    angles = torch.rand(tokens, head_dim // 2, device="cuda").repeat(1, 2)
+    e, tables = torch.randn(tokens, d).to("cuda", dtype), (angles.cos().to(dtype), angles.sin().to(dtype))
+    results = []
+    for backend in ("cuda", "reference"):
+        states, up = e.detach().requires_grad_(), weights.up.detach().requires_grad_()
+        live = StackWeights(**{**vars(weights), "up": up})
+        out = stack_projection(states, live, *tables, form="absorbed", backend=backend)
+        grads = torch.autograd.grad(sum(t.float().square().sum() for t in out), (states, up))
+        results.append([*(t.detach() for t in out), *grads])
+    for ours, reference in zip(*results, strict=True):
+        scale = reference.abs().max().item() + 1
+        torch.testing.assert_close(ours / scale, reference / scale, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def main() -> None:
     torch.manual_seed(0)
     cases = list(itertools.product(WIDTHS, TOLERANCE, ("mean", "cls", "eos")))
     for width, dtype, pooling in cases:
         run_norm_pool(width, dtype, pooling)
+    stacks = list(itertools.product(STACKS, (torch.bfloat16, torch.float16)))
+    for sizes, dtype in stacks:
+        run_stack_projection(*sizes, dtype)
     torch.cuda.synchronize()
-    print(f"norm_pool: {len(cases)} cases, forward and backward")
+    print(f"norm_pool: {len(cases)} cases, stack_projection: {len(stacks)}, forward and backward")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ mtllm::Status norm_pool_forward(int dtype, std::uintptr_t hidden_states, std::in
                                 bool weight_is_float32, std::uintptr_t cu_seqlens, std::uintptr_t pooled,
                                 std::uintptr_t normed_mean, std::uintptr_t partial, std::int64_t num_tokens,
                                 std::int64_t num_sentences, std::int64_t width, std::int64_t chunk, float eps, int pooling,
-                                int device, std::uintptr_t stream) {
+                                std::uintptr_t stream) {
   return mtllm::norm_pool_forward(static_cast<mtllm::DType>(dtype), pointer<void>(hidden_states), row_stride,
                                   pointer<void>(weight), weight_is_float32, pointer<std::int32_t>(cu_seqlens),
                                   pointer<void>(pooled), pointer<float>(normed_mean), pointer<float>(partial), num_tokens,
-                                  num_sentences, width, chunk, eps, static_cast<mtllm::Pooling>(pooling), device,
+                                  num_sentences, width, chunk, eps, static_cast<mtllm::Pooling>(pooling),
                                   pointer<CUstream_st>(stream));
 }
 
@@ -28,11 +28,11 @@ mtllm::Status norm_pool_backward(int dtype, std::uintptr_t grad_pooled, std::uin
                                  std::int64_t row_stride, std::uintptr_t weight, bool weight_is_float32,
                                  std::uintptr_t cu_seqlens, std::uintptr_t grad_hidden, std::int64_t num_tokens,
                                  std::int64_t num_sentences, std::int64_t width, std::int64_t chunk, float eps, int pooling,
-                                 int device, std::uintptr_t stream) {
+                                 std::uintptr_t stream) {
   return mtllm::norm_pool_backward(static_cast<mtllm::DType>(dtype), pointer<void>(grad_pooled),
                                    pointer<void>(hidden_states), row_stride, pointer<void>(weight), weight_is_float32,
                                    pointer<std::int32_t>(cu_seqlens), pointer<void>(grad_hidden), num_tokens,
-                                   num_sentences, width, chunk, eps, static_cast<mtllm::Pooling>(pooling), device,
+                                   num_sentences, width, chunk, eps, static_cast<mtllm::Pooling>(pooling),
                                    pointer<CUstream_st>(stream));
 }
 
@@ -49,27 +49,27 @@ mtllm::RopeTables rope_tables(Address cos, Address sin, std::int64_t row_stride,
 
 mtllm::Status stack_products(int dtype, Address states, std::int64_t d, Address up_weight, Address up_bias,
                              bool up_bias_is_float32, Address weight, Address residual, Address x, Address raw,
-                             Address squares, const mtllm::StackShape& shape, int device, Address stream) {
+                             Address squares, const mtllm::StackShape& shape, Address stream) {
   return mtllm::stack_products(static_cast<mtllm::DType>(dtype), pointer<void>(states), d, pointer<void>(up_weight),
                                pointer<void>(up_bias), up_bias_is_float32, pointer<void>(weight), pointer<void>(residual),
-                               pointer<void>(x), pointer<float>(raw), pointer<float>(squares), shape, device,
+                               pointer<void>(x), pointer<float>(raw), pointer<float>(squares), shape,
                                pointer<CUstream_st>(stream));
 }
 
 mtllm::Status stack_epilogue(int dtype, Address x, Address squares, Address raw, Address bias, Address qkv_bias,
                              const mtllm::RopeTables& rope, Address qkv, Address rstd, const mtllm::StackShape& shape,
-                             int device, Address stream) {
+                             Address stream) {
   return mtllm::stack_epilogue(static_cast<mtllm::DType>(dtype), pointer<void>(x), pointer<float>(squares),
                                pointer<float>(raw), pointer<float>(bias), pointer<float>(qkv_bias), rope,
-                               pointer<void>(qkv), pointer<float>(rstd), shape, device, pointer<CUstream_st>(stream));
+                               pointer<void>(qkv), pointer<float>(rstd), shape, pointer<CUstream_st>(stream));
 }
 
 mtllm::Status stack_backward(int dtype, Address grad_x, Address grad_qkv, Address x, Address qkv, Address rstd,
                              Address qkv_bias, const mtllm::RopeTables& rope, Address grad_hidden, Address grad_raw,
-                             const mtllm::StackShape& shape, int device, Address stream) {
+                             const mtllm::StackShape& shape, Address stream) {
   return mtllm::stack_backward(static_cast<mtllm::DType>(dtype), pointer<void>(grad_x), pointer<void>(grad_qkv),
                                pointer<void>(x), pointer<void>(qkv), pointer<float>(rstd), pointer<float>(qkv_bias), rope,
-                               pointer<void>(grad_hidden), pointer<void>(grad_raw), shape, device,
+                               pointer<void>(grad_hidden), pointer<void>(grad_raw), shape,
                                pointer<CUstream_st>(stream));
 }
 
@@ -81,8 +81,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("status_message", &mtllm::status_message);
   module.def("norm_pool_forward", &norm_pool_forward);
   module.def("norm_pool_backward", &norm_pool_backward);
-  pybind11::class_<mtllm::StackShape>(module, "StackShape");
-  pybind11::class_<mtllm::RopeTables>(module, "RopeTables");
+  pybind11::class_<mtllm::StackShape>(module, "StackShape", pybind11::module_local());
+  pybind11::class_<mtllm::RopeTables>(module, "RopeTables", pybind11::module_local());
   module.def("stack_shape", &stack_shape);
   module.def("rope_tables", &rope_tables);
   module.def("stack_products", &stack_products);

@@ -271,9 +271,8 @@ Status with_shape(const Args& args, const void* other, Run run) {
 }
 
 template <typename Run>
-Status dispatch(DType dtype, const Args& args, const void* other, int device, Run run) {
+Status dispatch(DType dtype, const Args& args, const void* other, Run run) {
   if (args.width < 1 || args.width > kMaxWidth || args.chunk < 1) return kUnsupportedArgument;
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
   switch (dtype) {
     case DType::kFloat32: return with_shape<float>(args, other, run);
     case DType::kFloat16: return with_shape<__half>(args, other, run);
@@ -287,11 +286,11 @@ Status dispatch(DType dtype, const Args& args, const void* other, int device, Ru
 Status norm_pool_forward(DType dtype, const void* hidden_states, int64_t row_stride, const void* weight,
                          bool weight_is_float32, const int32_t* cu_seqlens, void* pooled, float* normed_mean,
                          float* partial, int64_t num_tokens, int64_t num_sentences, int64_t width, int64_t chunk,
-                         float eps, Pooling pooling, int device, cudaStream_t stream) {
+                         float eps, Pooling pooling, cudaStream_t stream) {
   if (num_sentences == 0) return cudaSuccess;
   const Args args{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
                   static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps, pooling};
-  return dispatch(dtype, args, pooled, device, [&](auto t, auto shape) -> Status {
+  return dispatch(dtype, args, pooled, [&](auto t, auto shape) -> Status {
     using T = decltype(t);
     using S = decltype(shape);
     const bool mean = pooling == Pooling::kMean;
@@ -306,11 +305,11 @@ Status norm_pool_forward(DType dtype, const void* hidden_states, int64_t row_str
 Status norm_pool_backward(DType dtype, const void* grad_pooled, const void* hidden_states, int64_t row_stride,
                           const void* weight, bool weight_is_float32, const int32_t* cu_seqlens, void* grad_hidden,
                           int64_t num_tokens, int64_t num_sentences, int64_t width, int64_t chunk, float eps,
-                          Pooling pooling, int device, cudaStream_t stream) {
+                          Pooling pooling, cudaStream_t stream) {
   if (num_tokens == 0) return cudaSuccess;
   const Args args{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
                   static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps, pooling};
-  return dispatch(dtype, args, grad_pooled, device, [&](auto t, auto shape) -> Status {
+  return dispatch(dtype, args, grad_pooled, [&](auto t, auto shape) -> Status {
     using T = decltype(t);
     using S = decltype(shape);
     norm_pool_backward_kernel<T, S><<<slots(args), threads<S>(args), 0, stream>>>(

@@ -256,8 +256,7 @@ bool fits(const StackShape& shape, const RopeTables& rope) {
 }
 
 template <typename Run>
-Status on_halves(DType dtype, int device, Run run) {
-  if (const cudaError_t error = cudaSetDevice(device)) return error;
+Status on_halves(DType dtype, Run run) {
   switch (dtype) {
     case DType::kFloat16: return run(__half{});
     case DType::kBFloat16: return run(__nv_bfloat16{});
@@ -269,14 +268,14 @@ Status on_halves(DType dtype, int device, Run run) {
 
 Status stack_products(DType dtype, const void* states, int64_t d, const void* up_weight, const void* up_bias,
                       bool up_bias_is_float32, const void* weight, const void* residual, void* x, float* raw,
-                      float* squares, const StackShape& shape, int device, cudaStream_t stream) {
+                      float* squares, const StackShape& shape, cudaStream_t stream) {
   if (shape.num_tokens == 0) return cudaSuccess;
   if (d % 8 || std::max(shape.width, shape.columns) * (d / 8) > UINT32_MAX) return kUnsupportedArgument;
   if (!all_aligned(states, up_weight, weight, residual)) return kUnsupportedArgument;
   const int up_blocks = static_cast<int>((shape.width + kRows - 1) / kRows);
   const int blocks = up_blocks + static_cast<int>((shape.columns + kRows - 1) / kRows);
   const Products products{states, d, up_weight, up_bias, up_bias_is_float32, weight, residual, x, raw, squares, shape, up_blocks};
-  return on_halves(dtype, device, [&](auto t) -> Status {
+  return on_halves(dtype, [&](auto t) -> Status {
     using T = decltype(t);
     stack_products_kernel<T><<<blocks, kWarps * kWarp, 0, stream>>>(products);
     return cudaGetLastError();
@@ -284,14 +283,13 @@ Status stack_products(DType dtype, const void* states, int64_t d, const void* up
 }
 
 Status stack_epilogue(DType dtype, const void* x, const float* squares, const float* raw, const float* bias,
-                      const float* qkv_bias, const RopeTables& rope, void* qkv, float* rstd, const StackShape& shape,
-                      int device, cudaStream_t stream) {
+                      const float* qkv_bias, const RopeTables& rope, void* qkv, float* rstd, const StackShape& shape, cudaStream_t stream) {
   if (shape.num_tokens == 0) return cudaSuccess;
   if (!fits(shape, rope) || !all_aligned(x, raw, bias, qkv_bias, qkv)) return kUnsupportedArgument;
   // Few tokens: a row is shared by several blocks, each of which sums the squares again.
   const int64_t steps = (shape.columns + kThreads * 8 - 1) / (kThreads * 8);
   const dim3 grid(shape.num_tokens, shape.num_tokens <= 64 ? steps : 1);
-  return on_halves(dtype, device, [&](auto t) -> Status {
+  return on_halves(dtype, [&](auto t) -> Status {
     using T = decltype(t);
     stack_epilogue_kernel<T><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(x), squares, raw, bias, qkv_bias, rope,
                                                             static_cast<T*>(qkv), rstd, shape);
@@ -301,11 +299,11 @@ Status stack_epilogue(DType dtype, const void* x, const float* squares, const fl
 
 Status stack_backward(DType dtype, const void* grad_x, const void* grad_qkv, const void* x, const void* qkv,
                       const float* rstd, const float* qkv_bias, const RopeTables& rope, void* grad_hidden, void* grad_raw,
-                      const StackShape& shape, int device, cudaStream_t stream) {
+                      const StackShape& shape, cudaStream_t stream) {
   if (shape.num_tokens == 0) return cudaSuccess;
   if (!fits(shape, rope) || !all_aligned(grad_x, grad_qkv, x, qkv, qkv_bias, grad_hidden, grad_raw))
     return kUnsupportedArgument;
-  return on_halves(dtype, device, [&](auto t) -> Status {
+  return on_halves(dtype, [&](auto t) -> Status {
     using T = decltype(t);
     stack_backward_kernel<T><<<shape.num_tokens, kThreads, 0, stream>>>(
         static_cast<const T*>(grad_x), static_cast<const T*>(grad_qkv), static_cast<const T*>(x), static_cast<const T*>(qkv),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
     from mtllm_fast.ops import explain as explain
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
+    from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
     from mtllm_fast.text.languages import languages as languages
 
@@ -37,6 +38,7 @@ _HOME = {
     "explain": "mtllm_fast.ops",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
+    "stack_projection": "mtllm_fast.ops.stack_projection",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",
 }
 __all__ = [*_HOME, "__version__"]

@@ -44,32 +44,44 @@ class MTLLMConfig(PreTrainedConfig):
     model_type = "nllb-llm2vec"
     sub_configs: ClassVar[dict[str, Any]] = {"nllb_config": AutoConfig, "llm2vec_config": AutoConfig}
 
-    nllb_config: dict | PreTrainedConfig | None = None
-    llm2vec_config: dict | PreTrainedConfig | None = None
-    pooling: str = "mean"
-    up_proj_bias: bool | None = None
-    llm_embeddings: bool = True
-    tokenizer_name: str | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(  # written out: configs are dataclasses from transformers 5.4 on only
+        self,
+        nllb_config: dict | PreTrainedConfig | None = None,
+        llm2vec_config: dict | PreTrainedConfig | None = None,
+        pooling: str = "mean",
+        up_proj_bias: bool | None = None,
+        llm_embeddings: bool = True,
+        tokenizer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         importlib.import_module("mtllm_fast.models")  # registers the classes that the Auto classes look up next
-        if self.nllb_config is None or isinstance(self.nllb_config, dict):
-            self.nllb_config = _sub_config(self.nllb_config, "m2m_100")
-        if self.llm2vec_config is None or isinstance(self.llm2vec_config, dict):
-            self.llm2vec_config = _sub_config(self.llm2vec_config, "llama")
+        self.nllb_config = _sub_config(nllb_config, "m2m_100")
+        self.llm2vec_config = _sub_config(llm2vec_config, "llama")
+        self.pooling = pooling
+        self.up_proj_bias = up_proj_bias
+        self.llm_embeddings = llm_embeddings
+        self.tokenizer_name = tokenizer_name
         if self.nllb_config.model_type != "m2m_100":
             raise ValueError(f"nllb_config must be of model_type 'm2m_100', got {self.nllb_config.model_type!r}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        check_pooling(pooling)
         # The supported switch for bidirectional attention from transformers 5.2 on; checked by a probe at load.
         self.llm2vec_config.is_causal = False
         self.llm2vec_config.use_cache = False
-        super().__post_init__(**kwargs)
+        super().__init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
         """Width D of the embeddings: the LLM's."""
         return self.llm2vec_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary that is read: the encoder's. Resizing the token embeddings sets it."""
+        return self.nllb_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.nllb_config.vocab_size = value
 
     @property
     def default_tokenizer(self) -> str | None:
@@ -78,8 +90,15 @@ class MTLLMConfig(PreTrainedConfig):
         return self.tokenizer_name or self.nllb_config.name_or_path or published
 
 
-def _sub_config(values: dict | None, model_type: str) -> PreTrainedConfig:
-    values = {"model_type": model_type, **(values or {})}
+def check_pooling(pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = {"model_type": model_type, **(config or {})}
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

@@ -58,8 +58,17 @@ def _varlen_attention(torch: Any, device: str) -> dict[str, Any]:
     return {"q": heads, "k": heads, "v": heads, "cu_seqlens": cu_seqlens, "max_seqlen": 3}
 
 
+def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
+    from mtllm_fast.ops.stack_projection import StackWeights
+
+    square = torch.randn(64, 64, dtype=torch.bfloat16, device=device)
+    weights = StackWeights(up=square, norm=square[0], q=square, k=square, v=square, head_dim=64, eps=1e-5)
+    return {"encoder_states": square, "weights": weights, "cos": square, "sin": square, "form": "absorbed"}
+
+
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "norm_pool": _norm_pool,
+    "stack_projection": _stack_projection,
     "varlen_attention": _varlen_attention,
 }
 """For each op, the arguments of a small call: every backend that claims to serve it is really run."""
@@ -74,7 +83,9 @@ def _backends(op: str, arguments: dict[str, Any]) -> Section:
     for backend, reason in explanation.why_not.items():
         if reason is None:
             try:
-                function(**arguments, backend=backend).float().sum().item()
+                result = function(**arguments, backend=backend)
+                for output in result if isinstance(result, tuple) else (result,):
+                    output.float().sum().item()  # waits for the kernel
             except Exception as error:  # a kernel that the driver refuses, a library built for another torch
                 reason = f"{type(error).__name__}: {error}"
         auto = ", and is what auto takes" if backend == explanation.chosen else ""

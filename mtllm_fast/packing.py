@@ -46,16 +46,21 @@ class Packing(PackedLayout):
 
     def pack(self, padded_NL: Tensor) -> Tensor:
         """``[N, L, …] -> [T, …]``."""
-        return padded_NL.flatten(0, 1).index_select(0, self.indices)
+        indices = self.indices.to(padded_NL.device)  # of a model over several devices, the last one's
+        if self.dead_tail:
+            indices = indices.clamp(max=padded_NL.shape[0] * padded_NL.shape[1] - 1)
+        return padded_NL.flatten(0, 1).index_select(0, indices)
 
     def unpack(self, packed_T: Tensor) -> Tensor:
         """``[T, …] -> [N, L, …]``, zero at padding."""
         n, length = self.padded_shape
         if self.dead_tail:
-            dead = torch.arange(packed_T.shape[0], device=packed_T.device) >= self.cu_seqlens[-1]
+            dead = torch.arange(packed_T.shape[0], device=packed_T.device) >= self.cu_seqlens[-1].to(packed_T.device)
             packed_T = packed_T.masked_fill(dead.view(-1, *(1,) * (packed_T.dim() - 1)), 0)
-        grid = packed_T.new_zeros((n * length, *packed_T.shape[1:]))
-        return grid.index_copy(0, self.indices, packed_T).unflatten(0, (n, length))
+        # One more row for dead tokens that have no place in the grid.
+        grid = packed_T.new_zeros((n * length + self.dead_tail, *packed_T.shape[1:]))
+        grid = grid.index_copy(0, self.indices.to(packed_T.device), packed_T)
+        return grid[: n * length].unflatten(0, (n, length))
 
 
 def pack_token_ids(token_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -91,12 +96,16 @@ def right_padded(layout: PackedLayout) -> Packing:
     """The padded grid ``[B, max_seqlen]`` of tokens that are packed already. No host synchronisation."""
     rows = torch.arange(layout.position_ids.shape[0], device=layout.cu_seqlens.device, dtype=torch.int32)
     sentence = torch.searchsorted(layout.cu_seqlens, rows, right=True).long() - 1
+    count = layout.cu_seqlens.shape[0] - 1
     return Packing(
         cu_seqlens=layout.cu_seqlens,
         position_ids=layout.position_ids,
         max_seqlen=layout.max_seqlen,
-        indices=sentence * layout.max_seqlen + layout.position_ids,
-        padded_shape=(layout.cu_seqlens.shape[0] - 1, layout.max_seqlen),
+        indices=torch.where(
+            sentence < count, sentence * layout.max_seqlen + layout.position_ids, count * layout.max_seqlen
+        ),
+        padded_shape=(count, layout.max_seqlen),
+        dead_tail=layout.dead_tail,
     )
 
 

@@ -68,6 +68,8 @@ class TextTable:
                 raise ValueError(
                     f"{where}: column {self.id_column!r} must hold strings or integers, got {_shown(identity)}"
                 )
+            if isinstance(identity, int) and not -(2**63) <= identity < 2**63:
+                raise ValueError(f"{where}: column {self.id_column!r} must fit 64 bits with a sign, got {identity}")
             yield Row(text, self._language(record, where), identity)
 
     def _language(self, record: dict[str, Any], where: str) -> str:
@@ -204,6 +206,8 @@ def _read_csv(path: Path, columns: list[str], delimiter: str = ",") -> _Records:
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")
             for values in reader:
+                if not values:  # a blank line, such as many programs leave at the end
+                    continue
                 if len(values) != len(header):
                     raise ValueError(
                         f"{path}, line {reader.line_num}: {len(values)} fields, but the header names {len(header)}"

@@ -38,7 +38,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         compiler = shutil.which("c++")
         if compiler is None:
             pytest.skip("neither a GPU nor a C++ compiler to emulate one")
-        module = emulated_cuda.OnCpuTensors(emulated_cuda.build(compiler, Path(__file__).parents[1] / "build"))
+        module = emulated_cuda.build(compiler, Path(__file__).parents[1] / "build")
         monkeypatch.setattr(native, "extension", lambda: module)
         monkeypatch.setattr(native, "why_not_cuda", lambda tensor: None)
         monkeypatch.setattr(native, "stream", lambda tensor: 0)

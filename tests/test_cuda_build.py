@@ -150,7 +150,7 @@ spec = importlib.util.spec_from_file_location("_cuda", {path!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert "torch" not in sys.modules
-print(module.norm_pool_forward(0, 0, 1, 0, True, 0, 0, 0, 0, 4, 1, 0, 8, 1e-5, 0, 0, 0), module.status_message(-1))
+print(module.norm_pool_forward(0, 0, 1, 0, True, 0, 0, 0, 0, 4, 1, 0, 8, 1e-5, 0, 0), module.status_message(-1))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "-1 an argument is outside of what this kernel supports\n"

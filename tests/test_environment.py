@@ -31,7 +31,8 @@ def test_it_tells_what_works_and_why_not():
     found = environment.environment()
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["backends of norm_pool"]["reference"].startswith("works")
-    assert sum("auto" in text for text in found["backends of norm_pool"].values()) == 1
+    for op in ("norm_pool", "stack_projection", "varlen_attention"):
+        assert sum("auto" in text for text in found[f"backends of {op}"].values()) == 1
     if not torch.cuda.is_available():
         assert found["backends of norm_pool"]["cuda"] == "no: the tensors are on cpu"
         assert found["hardware"]["gpu"].startswith("none")

@@ -23,7 +23,6 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_suite", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "has_gpu", lambda: False)
     return module
 
 
@@ -32,13 +31,13 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def run(suite: ModuleType, out: Path, *stages: object) -> tuple[int, dict[str, dict[str, object]]]:
-    code = suite.run_suite(stages, out, say=lambda line: None)
+    code = suite.run_suite(stages, out, gpu=False, say=lambda line: None)
     summary = json.loads((out / "summary.json").read_text())
     return code, {stage["stage"]: stage for stage in summary["stages"]}
 
 
 def local(suite: ModuleType, name: str, code: str, seconds: float = 60, **more: object) -> object:
-    return suite.Stage(name, seconds, (python(code),), log=f"{name}.log", needs_gpu=False, **more)
+    return suite.Stage(name, seconds, (python(code),), needs_gpu=False, **more)
 
 
 def test_failures_and_timeouts_do_not_stop_the_others(suite: ModuleType, tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_a_timeout_kills_the_whole_process_group(suite: ModuleType, tmp_path: Pa
 
 
 def test_what_cannot_be_started_has_failed(suite: ModuleType, tmp_path: Path) -> None:
-    stage = suite.Stage("absent", 10, (("/no/such/program",),), log="absent.log", needs_gpu=False)
+    stage = suite.Stage("absent", 10, (("/no/such/program",),), needs_gpu=False)
     code, results = run(suite, tmp_path, stage)
     assert code == 1
     assert results["absent"]["status"] == "failed"
@@ -76,18 +75,16 @@ def test_what_cannot_be_started_has_failed(suite: ModuleType, tmp_path: Path) ->
 
 def test_commands_of_a_stage_stop_at_the_first_failure_and_share_the_budget(suite: ModuleType, tmp_path: Path) -> None:
     stages = [
-        suite.Stage(
-            "chain", 60, (python("raise SystemExit(3)"), python("print('never')")), log="a.log", needs_gpu=False
-        ),
-        suite.Stage("shared", 2, (python("import time; time.sleep(1.2)"),) * 3, log="b.log", needs_gpu=False),
+        suite.Stage("chain", 60, (python("raise SystemExit(3)"), python("print('never')")), needs_gpu=False),
+        suite.Stage("shared", 2, (python("import time; time.sleep(1.2)"),) * 3, needs_gpu=False),
     ]
     _, results = run(suite, tmp_path, *stages)
-    assert "never" not in (tmp_path / "a.log").read_text()
+    assert "never" not in (tmp_path / "chain.log").read_text()
     assert results["shared"]["status"] == "timed out"
 
 
 def test_without_a_gpu_the_stages_say_so(suite: ModuleType, tmp_path: Path) -> None:
-    gpu = suite.Stage("gpu", 60, (python("print('pretended')"),), log="gpu.log")
+    gpu = suite.Stage("gpu", 60, (python("print('pretended')"),))
     code, results = run(suite, tmp_path, local(suite, "host", "pass"), gpu)
     assert code == 3
     assert results["gpu"] == {"stage": "gpu", "status": "no GPU", "files": []}
@@ -96,10 +93,16 @@ def test_without_a_gpu_the_stages_say_so(suite: ModuleType, tmp_path: Path) -> N
 
 
 def test_results_of_an_earlier_run_do_not_pass_for_this_ones(suite: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "stale.json").write_text("{}")
-    _, results = run(suite, tmp_path, local(suite, "quiet", "pass", files=("stale.json",)))
+    for name in ("quiet", "other", "absent"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    run(suite, tmp_path, local(suite, "other", "pass"))
+    absent = suite.Stage("absent", 60, (python("pass"),), result=True)
+    _, results = run(suite, tmp_path, local(suite, "quiet", "pass", result=True), absent)
     assert results["quiet"]["files"] == ["quiet.log"]
-    assert not (tmp_path / "stale.json").exists()
+    assert not (tmp_path / "quiet.json").exists()
+    assert results["other"]["status"] == "passed", "the summary keeps what other stages left"
+    assert results["absent"]["files"] == []
+    assert (tmp_path / "absent.json").exists(), "a stage that cannot run here deletes nothing"
 
 
 def test_the_total_budget_cuts_off_what_is_left(
@@ -120,9 +123,10 @@ def test_a_huge_log_is_cut_in_the_middle(suite: ModuleType, tmp_path: Path) -> N
 
 
 def test_the_real_plan_fits_its_promises(suite: ModuleType, tmp_path: Path) -> None:
-    stages = suite.all_stages(tmp_path)
-    files = {name for stage in stages for name in (stage.log, *stage.files)} | {"summary.json"}
-    assert len(files) <= 8
+    stages = suite.all_stages(tmp_path, "8b")
+    files = [name for stage in stages for name in stage.files] + ["summary.json"]
+    assert len(set(files)) == len(files)
+    assert [suite.size_for(memory) for memory in (0, 12, 80)] == ["small", "1b", "8b"]
     assert all(name.replace(".", "").replace("-", "").isalnum() for name in files)
     assert suite.TOTAL_SECONDS < 600
     scripts = {part for stage in stages for command in stage.commands for part in command if part.endswith(".py")}

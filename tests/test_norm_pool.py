@@ -311,6 +311,7 @@ def test_bad_input(changes: dict[str, object], error: type[Exception], message: 
 
 
 def test_kernels_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UnsupportedBackendError, match=r"the states are float64\. What would work: reference"):
         norm_pool(HIDDEN.double(), WEIGHT.double(), CU_SEQLENS, eps=EPS, backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -11,9 +11,9 @@ import torch
 from reference import load_case
 from stacks import batch, new_stack
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtllm_fast import MTLLM, MTLLMForSequenceClassification
+from mtllm_fast.bench.counting import counted_work
 from mtllm_fast.models import fusing, stack
 from mtllm_fast.testing.tolerance import relative_error
 
@@ -455,28 +455,11 @@ def test_a_form_that_errs_too_much_gives_way(monkeypatch, caplog):
     assert torch.equal(outputs(model), plain)
 
 
-class Launches(TorchDispatchMode):
-    """Counts what would be a kernel launch on a GPU: every op but views and allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
-        self.count += not view and not func.name().startswith(("aten::empty", "aten::detach", "aten::_unsafe_view"))
-        return out
-
-
-def test_launches_of_the_stage_before_and_after():
-    """The op is 2 launches (``triton_backend``, ``cuda_backend``) where the modules need more than 20."""
+def test_launches_of_the_forward_before_and_after():
+    """The op's 2 launches take the place of the stage's 24: four products, and the norm's and the rotation's passes."""
     model = new_stack("llama").eval()
-    counts = []
-    for fused in (False, True):
-        if fused:
-            model.fuse()
-        with torch.no_grad(), Launches() as launches:
-            model(**batch())
-        counts.append(launches.count)
-    assert counts[0] - counts[1] >= 10, counts
+    before = counted_work(lambda: model(**batch()))
+    model.fuse()
+    after = counted_work(lambda: model(**batch()))
+    assert before.launches - after.launches >= 10, (before, after)
+    assert after.flops < before.flops

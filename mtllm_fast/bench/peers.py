@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mtllm_fast.bench.sizes import Stack
 from mtllm_fast.bench.workloads import IdArray, Workload, flat
+from mtllm_fast.models.encoding import upload
 
 PAD_ID = 1
 TRANSLATE_TEST = ("translate-greedy", "translate-beam4")
@@ -134,8 +135,8 @@ def packed_encode(stack: Stack, batch_tokens: int) -> Encode:
         order, rows = by_length(texts), []
         for batch in token_budget_batches([len(text) for text in texts], order, batch_tokens):
             packed, cu_seqlens = flat([texts[i] for i in batch])
-            ids_T = torch.from_numpy(packed).to(device)
-            rows.append(model.encode_packed(ids_T, torch.from_numpy(cu_seqlens).to(device), len(texts[batch[0]])))
+            ids_T, cu_seqlens_B = (upload(torch.from_numpy(part), device) for part in (packed, cu_seqlens))
+            rows.append(model.encode_packed(ids_T, cu_seqlens_B, len(texts[batch[0]])))
         return in_input_order(rows, order)
 
     return encode

@@ -56,7 +56,7 @@ def encode(
     shard_size: Annotated[int, typer.Option(min=1, help="Rows per shard: what a kill can cost.")] = 8192,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, drop unfinished work on it.")] = False,
 ) -> None:
-    """Embed a file of texts. Killed at any moment, the same command goes on where it stopped."""
+    """Embed a file of texts. Killed at any moment, the same command (without --overwrite) goes on where it stopped."""
     from mtllm_fast.cli.encode import EncodeJob, run
 
     job = EncodeJob(

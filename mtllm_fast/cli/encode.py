@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtllm_fast import MTLLM, __version__
 from mtllm_fast.cli.check import check_exists
+from mtllm_fast.models.stack import why_not_fusable
 from mtllm_fast.shards import ShardedJob, Shards, check_output, open_shards
 from mtllm_fast.tables import Row, TableFacts, TextTable, open_table
 
@@ -67,11 +68,16 @@ def run(job: EncodeJob) -> None:
         raise ValueError(f"{job.out} is the input: choose another OUT")
     facts = table.scan()
     device = _device(job.device)
+    if job.model == "tiny":
+        typer.echo("warning: the model is the embedded tiny one, whose embeddings mean nothing; give --model", err=True)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     model = MTLLM.from_pretrained(job.model, dtype=dtype, device_map=str(device), llm_embeddings=False)
-    with open_shards(job.out, _sharded_job(job, table, facts, model), job.overwrite) as shards:
+    sharded = _sharded_job(job, table, facts, model)
+    if why_not_fusable(model) is None:
+        model.fuse()
+    with open_shards(job.out, sharded, job.overwrite) as shards:
         if not shards.finished:
             _encode_missing(job, table, facts, model, shards)
             shards.merge((row.id for row in table.rows()), job.id_column or "id", facts.id_type)
@@ -112,6 +118,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be such as cuda, cuda:1 or cpu, got {name!r}") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be such as cuda, cuda:1 or cpu, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs; cpu works everywhere")
     return device

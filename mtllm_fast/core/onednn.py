@@ -47,7 +47,7 @@ def linear(
 ) -> Tensor:
     """``activation(x Wᵀ + b) * times + plus``, at most one of the three: x ``[T, K]``, weight ``[N, K]`` -> ``[T, N]``.
 
-    ``activation`` is oneDNN's name: ``"none"``, ``"relu"``, ``"swish"``.
+    ``activation`` is oneDNN's name, ``"none"`` or ``"swish"``. (Its ``"relu"`` makes 0 of NaN.)
     """
     dtype = product_dtype(x.dtype)
     x_c, weight = x.to(dtype), weight.to(dtype)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
+from mtllm_fast.models.towers import evaluating
 from mtllm_fast.text.languages import resolve_language
 from mtllm_fast.text.tokenization import TokenizedTexts, tokenize
 
@@ -57,14 +57,14 @@ def encode(
     show_progress_bar: bool | None,
 ) -> Any:
     """See ``MTLLM.encode``."""
-    texts = [sentences] if isinstance(sentences, str) else list(sentences)
+    texts = [sentences] if isinstance(sentences, str) else _listed("sentences", sentences)
     languages = _resolve_languages(src_lang, len(texts))
     for i, text in enumerate(texts):  # before the longest-first order would rename the index
         if not isinstance(text, str):
             raise TypeError(f"sentences must be strings, got {type(text).__name__} at index {i}")
     collector = _Collector(model, len(texts), options)
     truncated = 0
-    with _inference(model), _progress_bar(show_progress_bar, len(texts)) as bar:
+    with torch.no_grad(), evaluating(model), _progress_bar(show_progress_bar, len(texts)) as bar:
         model.refresh_fused(thorough=True)
         for chunk, rows in _tokenized_chunks(model.tokenizer, texts, languages, options.max_length):
             truncated += chunk.n_truncated
@@ -80,10 +80,18 @@ def encode(
 def _resolve_languages(src_lang: str | Sequence[str], count: int) -> list[str]:
     if isinstance(src_lang, str):
         return [resolve_language(src_lang)] * count
+    src_lang = _listed("src_lang", src_lang)
     if len(src_lang) != count:
         raise ValueError(f"src_lang must be one code or one per text: got {len(src_lang)} codes for {count} texts")
     known = {code: resolve_language(code) for code in set(src_lang)}
     return [known[code] for code in src_lang]
+
+
+def _listed(name: str, values: Any) -> list[str]:
+    """Anything that iterates over strings in an order of its own; a table would give the names of its columns."""
+    if isinstance(values, Mapping | Set) or hasattr(values, "columns") or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {type(values).__name__}")
+    return list(values)
 
 
 def _tokenized_chunks(
@@ -122,7 +130,7 @@ def _run(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray, options: Encode
     inputs = _to_device(model, chunk, batch)
     states = model.pooled(inputs) if options.output == "pooled" else model.hidden(inputs)
     if options.normalize:
-        states = F.normalize(states.float(), dim=-1).to(states.dtype)
+        states = F.normalize(states.float(), dim=-1)  # rounded once, to the dtype of the output
     return states
 
 
@@ -130,10 +138,13 @@ def _to_device(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray) -> Packed
     lengths = chunk.lengths[batch]
     ids = torch.from_numpy(np.concatenate([chunk.ids[chunk.offsets[i] : chunk.offsets[i + 1]] for i in batch]))
     cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-    device = model.device
-    if device.type == "cuda":
-        ids, cu_seqlens = (t.pin_memory().to(device, non_blocking=True) for t in (ids, cu_seqlens))
-    return prepare_inputs(model, ids.to(device), None, None, cu_seqlens.to(device), int(lengths.max()))
+    ids, cu_seqlens = (upload(t, model.device) for t in (ids, cu_seqlens))
+    return prepare_inputs(model, ids, None, None, cu_seqlens, int(lengths.max()))
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from pinned memory: a pageable copy would wait for all the work that is queued."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class _Collector:
@@ -154,7 +165,7 @@ class _Collector:
     def add(self, rows: np.ndarray, lengths: np.ndarray, states: Tensor) -> None:
         states = states.to(self.device, self.dtype)
         if self.options.output == "pooled":
-            self.pooled[torch.from_numpy(rows).to(self.device)] = states
+            self.pooled[upload(torch.from_numpy(rows), self.device)] = states
             return
         for row, part in zip(rows, states.split(lengths.tolist()), strict=True):
             self.tokens[row] = part
@@ -165,20 +176,6 @@ class _Collector:
             return found[0] if single else found
         tokens = [t.numpy() if self.options.to_numpy else t.clone() for t in self.tokens]
         return tokens[0] if single else tokens
-
-
-@contextmanager
-def _inference(model: MTLLM) -> Iterator[None]:
-    """No gradients, no dropout; the model's mode is restored."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if training:
-            model.train()
 
 
 def _progress_bar(show: bool | None, total: int) -> tqdm:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mtllm_fast.core.errors import TokenizerNotFoundError
 from mtllm_fast.models.stack import base_linear, stack_weights, why_not_fusable
-from mtllm_fast.models.towers import rope_tables, run_encoder
+from mtllm_fast.models.towers import evaluating, rope_tables, run_encoder
 from mtllm_fast.ops.stack_projection import Composite, StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import absorb
 from mtllm_fast.ops.varlen_attention.reference import varlen_attention_reference
@@ -188,12 +188,8 @@ def _encoder_states(model: MTLLM) -> Tensor:
     longest = int(cu_seqlens.diff().max())
     positions = position_ids_from_cu_seqlens(cu_seqlens, len(ids))
     layout = PackedLayout(cu_seqlens=cu_seqlens, position_ids=positions, max_seqlen=longest)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return run_encoder(model.nllb_encoder, ids, layout)
-    finally:
-        model.train(was_training)
 
 
 def _calibration_ids(model: MTLLM) -> list[list[int]]:

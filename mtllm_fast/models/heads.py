@@ -143,6 +143,9 @@ class MTLLMForMultipleChoice(_Head):
     ) -> MultipleChoiceModelOutput:
         if _collects(self, output_hidden_states, output_attentions):
             raise ValueError("output_hidden_states is not supported with multiple choice: call model.model for states")
+        readable = mean_mask is not None and mean_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool(mean_mask.any(1).all()):
+            raise ValueError("mean_mask has a choice without any token: each column needs at least one 1")
         if mean_mask is None:
             embeds = self._pool_texts(input_ids, attention_mask, inputs_embeds)
         else:

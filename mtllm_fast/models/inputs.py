@@ -78,11 +78,35 @@ def _packed(
     if given.dim() != (1 if inputs_embeds is None else 2):
         name, want = ("input_ids", "[T]") if inputs_embeds is None else ("inputs_embeds", "[T, d]")
         raise ValueError(f"with cu_seqlens, {name} must be {want}; got shape {list(given.shape)}")
+    _check_bounds(cu_seqlens, given.shape[0])
     if input_ids is not None:
         _check_vocabulary(model, input_ids)
     position_ids = position_ids_from_cu_seqlens(cu_seqlens, given.shape[0])
-    layout = PackedLayout(cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=max_seqlen or given.shape[0])
+    layout = PackedLayout(
+        cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=_longest(cu_seqlens, given.shape[0], max_seqlen)
+    )
     return PackedInputs(layout, input_ids, inputs_embeds)
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    """On the host only: on a device it would wait, and a graph cannot."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; it runs from {first} to {last}"
+            + ("" if bool((cu_seqlens.diff() >= 0).all()) else " and falls in between")
+        )
+
+
+def _longest(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> int:
+    """An upper bound of the longest sentence; the exact one where nobody has to wait for it."""
+    if torch.compiler.is_compiling():
+        return max_seqlen or tokens
+    if max_seqlen is None and cu_seqlens.device.type == "cpu" and cu_seqlens.numel() > 1:
+        return int(cu_seqlens.diff().max())
+    return min(max_seqlen or tokens, tokens)
 
 
 def _mask(
@@ -100,6 +124,9 @@ def _mask(
 
 
 def _check_kind(model: MTLLM, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    for name, given in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     if input_ids is not None:
         if input_ids.dtype not in _INTEGERS:
             raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
@@ -125,7 +152,9 @@ def _check_vocabulary(model: MTLLM, input_ids: Tensor) -> None:
     if input_ids.device.type != "cpu" or input_ids.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = (int(x) for x in input_ids.aminmax())
-    size = model.nllb_encoder.embed_tokens.num_embeddings
+    size = getattr(model.nllb_encoder.embed_tokens, "num_embeddings", None)
+    if size is None:  # PEFT's wrapper, which knows its own
+        return
     if low < 0 or high >= size:
         bad = low if low < 0 else high
         raise ValueError(f"input_ids holds {bad}; the encoder's vocabulary is 0 … {size - 1}")

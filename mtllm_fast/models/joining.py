@@ -26,7 +26,7 @@ def join(
     encoder: str | os.PathLike | PreTrainedModel,
     llm: str | os.PathLike | PreTrainedModel,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     attn_implementation: str | None = None,
     pooling: str = "mean",
@@ -40,19 +40,22 @@ def join(
         encoder: hub id, path or module of an M2M-100/NLLB model or its encoder.
         llm: hub id, path or module of a decoder LLM (its causal head, if any, is dropped). Llama, Mistral, Qwen2 and
             Qwen3 run packed; another decoder runs as the module it is when it can be made bidirectional.
-        dtype, device_map: as in ``from_pretrained``; modules keep their own dtype when ``dtype`` is None.
+        dtype, device_map: as in ``from_pretrained``; when ``dtype`` is None or ``"auto"`` the whole stack takes the
+            LLM's. Modules that are passed in become part of the stack: they are cast, and the LLM is bidirectional
+            from then on.
         **hub_kwargs: passed to both ``from_pretrained`` calls (``revision``, ``token``, ``local_files_only``, …).
 
     Raises:
         TypeError: a module that is neither.
         NotBidirectionalError: the LLM cannot attend to later tokens.
     """
-    encoder_module = _encoder_of(_load_encoder(encoder, dtype, device_map, hub_kwargs))
-    llm_module = _decoder_of(_load_llm(llm, dtype, device_map, hub_kwargs))
-    if dtype is not None:
+    wanted = _dtype(dtype)
+    encoder_module = _encoder_of(_load_encoder(encoder, wanted, device_map, hub_kwargs))
+    llm_module = _decoder_of(_load_llm(llm, wanted, device_map, hub_kwargs))
+    if wanted is not None:
         with rope_frequencies_kept(llm_module):
-            encoder_module.to(dtype=dtype)
-            llm_module.to(dtype=dtype)
+            llm_module.to(dtype=wanted)
+    encoder_module.to(dtype=llm_module.dtype)  # of a quantised LLM, the dtype that it computes in
     config = MTLLMConfig(
         nllb_config=copy.deepcopy(encoder_module.config),
         llm2vec_config=copy.deepcopy(llm_module.config),
@@ -67,14 +70,22 @@ def join(
     _adopt_config(llm_module, config.llm2vec_config, attn_implementation or own_attention)
     config._attn_implementation_internal = attn_implementation or DEFAULT_ATTENTION
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         model = cls(config, nllb_encoder=encoder_module, llm2vec=llm_module)
-    weight = next(llm_module.parameters())
-    model.up_proj.to(weight.device, weight.dtype)
-    config.dtype = weight.dtype
+    model.up_proj.to(next(llm_module.parameters()).device, llm_module.dtype)
+    config.dtype = llm_module.dtype
     model.eval()
     check_bidirectional(model)
     return model
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    named = None if dtype == "auto" else getattr(torch, str(dtype), dtype)
+    if named is None or isinstance(named, torch.dtype):
+        return named
+    raise ValueError(f"dtype must be a torch.dtype, its name or 'auto', got {dtype!r}")
 
 
 def _load_encoder(encoder: Any, dtype: torch.dtype | None, device_map: Any, hub: dict[str, Any]) -> PreTrainedModel:

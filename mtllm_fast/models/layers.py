@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100EncoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from mtllm_fast.core.dispatch import needs_grad, watched
 from mtllm_fast.models.linear import is_hooked, linear
@@ -98,9 +98,17 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
         return linear(projection, x, plus=residual)
 
 
+_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether the module is a family's own RMSNorm that nothing has wrapped, replaced or hooked into."""
+    return type(module) in _RMS_NORMS and not is_hooked(module)
+
+
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight``; a module that something has hooked into is called as it is."""
-    if is_hooked(norm):
+    """``x / sqrt(mean(x^2) + eps) * weight``; what is no plain RMSNorm is called as it is."""
+    if not is_rms_norm(norm):
         return norm(x)
     if x.device.type == "cpu" and not (watched(x, norm.weight) or needs_grad(x, norm.weight)):
         return _rms_norm_on_cpu(x, norm.weight, norm.variance_epsilon)
@@ -149,8 +157,8 @@ def _check_window(attn: nn.Module, max_seqlen: int) -> None:
     windowed = getattr(attn, "layer_type", None) in (None, "sliding_attention")
     if window is not None and windowed and max_seqlen > window:
         raise ValueError(
-            f"a sentence of up to {max_seqlen} tokens exceeds the LLM's sliding window of {window}; "
-            f"truncate with max_length <= {window}"
+            f"a sentence of up to max_seqlen={max_seqlen} tokens exceeds the LLM's sliding window of {window}; "
+            f"truncate with max_length <= {window}, or pass the max_seqlen of a packed batch"
         )
 
 

@@ -17,7 +17,6 @@ _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
     None: "none",
     nn.SiLU: "swish",
     SiLUActivation: "swish",
-    nn.ReLU: "relu",
 }
 
 
@@ -36,6 +35,8 @@ def linear(
 ) -> Tensor:
     """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``."""
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
+    if type(activation) is nn.ReLU and not needs_grad(x, *module.parameters()):
+        return linear(module, x).relu_()
     kind = None if activation is None else type(activation)
     if kind in _ONEDNN_ACTIVATIONS and _onednn_serves(module, x):
         name = _ONEDNN_ACTIVATIONS[kind]

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from mtllm_fast.configuration import MTLLMConfig
+from mtllm_fast.configuration import MTLLMConfig, check_pooling
 from mtllm_fast.core.errors import CheckpointError, TokenizerNotFoundError
 from mtllm_fast.models.probe import check_bidirectional
 from mtllm_fast.text.tokenization import load_tokenizer
@@ -36,7 +36,9 @@ _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revisi
 class CheckpointMixin:
     """``from_pretrained``, ``save_pretrained`` and the tokenizer of every MT-LLM class."""
 
-    _tokenizer: Any = None  # transformers evaluates annotations here, so no type-checking-only name
+    # transformers evaluates annotations here, so no type-checking-only name
+    _tokenizer: Any = None
+    _tokenizer_source: Any = None  # path or id of the checkpoint, and what it was loaded with
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -59,6 +61,8 @@ class CheckpointMixin:
             'eos'
         """
         path = _resolve(pretrained_model_name_or_path)
+        if kwargs.get("variant") is not None:
+            raise ValueError("variant is not supported: name the folder or revision that holds model.safetensors")
         if path is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
             return super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
         hub = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
@@ -74,6 +78,7 @@ class CheckpointMixin:
             raise CheckpointError(f"{path}: a safetensors file is corrupt or truncated ({error})") from error
         _check_loading_info(path, info, allow_mismatch)
         check_bidirectional(model.base_model)
+        model.base_model._tokenizer_source = (os.path.abspath(path) if os.path.isdir(path) else path, hub)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +103,9 @@ class CheckpointMixin:
     def _find_tokenizer(self, **hub: Any) -> PreTrainedTokenizerBase:
         base = self.base_model  # type: ignore[attr-defined]
         if base._tokenizer is None:
-            sources = [source for source in (base.config.name_or_path, base.config.default_tokenizer) if source]
+            path, loaded_with = base._tokenizer_source or (base.config.name_or_path, dict[str, Any]())
+            hub = {**loaded_with, **hub}
+            sources = [source for source in (path, base.config.default_tokenizer) if source]
             if not sources:
                 raise TokenizerNotFoundError(
                     "this stack was made without a tokenizer; set model.tokenizer or config.tokenizer_name (id or path)"
@@ -112,6 +119,9 @@ def _resolve(path: str | os.PathLike | None) -> str | os.PathLike | None:
         from mtllm_fast.tiny import tiny_path
 
         return str(tiny_path())
+    looks_local = path is not None and str(path).startswith((".", "/", "~"))
+    if looks_local and not os.path.isdir(str(path)):
+        raise CheckpointError(f"{path}: no such folder")
     return path
 
 
@@ -128,8 +138,11 @@ def checkpoint_files(path: str | os.PathLike, **hub: Any) -> list[str]:
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **optional)
     if index is None:
         raise CheckpointError(f"{path}: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} (pickle is not read)")
-    with open(index, encoding="utf-8") as f:
-        shards = sorted(set(json.load(f)["weight_map"].values()))
+    try:
+        with open(index, encoding="utf-8") as f:
+            shards = sorted(set(json.load(f)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: no index of shards ({type(error).__name__}: {error})") from error
     found = [cached_file(path, shard, **optional) for shard in shards]
     missing = [shard for shard, file in zip(shards, found, strict=True) if file is None]
     if missing:
@@ -155,6 +168,11 @@ def _config_for(
     """The checkpoint's config with what only its keys tell: the bias of ``up_proj``, the LLM's embeddings."""
     config = kwargs.pop("config", None)
     if not isinstance(config, MTLLMConfig):
+        if (
+            config is None
+            and cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None
+        ):
+            raise CheckpointError(f"{path}: no {CONFIG_NAME}")
         fields = {key: kwargs.pop(key) for key in _CONFIG_FIELDS if key in kwargs}
         config = MTLLMConfig.from_pretrained(config or path, **hub, **fields)
     else:
@@ -162,6 +180,7 @@ def _config_for(
         for key in _CONFIG_FIELDS:
             if key in kwargs:
                 setattr(config, key, kwargs.pop(key))
+    check_pooling(config.pooling)
     config.up_proj_bias = "up_proj.bias" in keys
     config.llm_embeddings = config.llm_embeddings and any(map(LLM_EMBEDDINGS.match, keys))
     return config, kwargs

@@ -18,8 +18,7 @@ from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models import encoding, fusing, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
-from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
-from mtllm_fast.models.linear import is_hooked
+from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_rms_norm, to_packed_layers
 from mtllm_fast.models.stack import differentiates, enter, why_not_fusable
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,
@@ -146,6 +145,7 @@ class MTLLM(MTLLMPreTrainedModel):
 
         Raises:
             ValueError: no input or two, a mask with a hole, an id outside the vocabulary, another device, …
+                (under ``torch.compile`` and for ids on a GPU, values are not looked at)
             TypeError: ids that are no integers.
         """
         if output_attentions:
@@ -194,7 +194,8 @@ class MTLLM(MTLLMPreTrainedModel):
         """Embed texts of any of NLLB's languages, one language for all or one per text.
 
         Texts are batched by tokens with others of their length and come back in the input's order. An embedding does
-        not depend on what it was batched with. Stateless and thread-safe: the tokenizer's ``src_lang`` is never set.
+        not depend on what it was batched with. Thread-safe in evaluation mode: the tokenizer's ``src_lang``
+        is never set. A model in training mode is evaluated without dropout, and is in training mode again afterwards.
 
         Args:
             sentences: one text or several; ``""`` is a text.
@@ -230,6 +231,10 @@ class MTLLM(MTLLMPreTrainedModel):
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(max_length, int):
+            raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
+        if output_dtype is not None and not isinstance(output_dtype, torch.dtype):
+            raise TypeError(f"output_dtype must be a torch.dtype, got {type(output_dtype).__name__} {output_dtype!r}")
         if device is not None:
             self.to(device)
         options = encoding.EncodeOptions(
@@ -328,12 +333,13 @@ class MTLLM(MTLLMPreTrainedModel):
 
     def _pool(self, hidden_TD: Tensor, is_normed: bool, batch: PackedInputs) -> Tensor:
         pooling = self.config.pooling
+        cu_seqlens = batch.layout.cu_seqlens.to(hidden_TD.device)  # of a model over several devices, the last one's
         if is_normed:
-            return pool(hidden_TD, batch.layout.cu_seqlens, pooling)
+            return pool(hidden_TD, cu_seqlens, pooling)
         norm = self.llm2vec.norm
-        if is_hooked(norm):
-            return pool(norm(hidden_TD), batch.layout.cu_seqlens, pooling)
-        return norm_pool(hidden_TD, norm.weight, batch.layout.cu_seqlens, eps=norm.variance_epsilon, pooling=pooling)
+        if not is_rms_norm(norm):
+            return pool(norm(hidden_TD), cu_seqlens, pooling)
+        return norm_pool(hidden_TD, norm.weight, cu_seqlens, eps=norm.variance_epsilon, pooling=pooling)
 
 
 def _new_tower(config: PreTrainedConfig, tower_class: Any = None) -> PreTrainedModel:

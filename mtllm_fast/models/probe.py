@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from mtllm_fast.core.errors import NotBidirectionalError
-from mtllm_fast.models.towers import run_llm, run_other_llm
+from mtllm_fast.models.towers import evaluating, run_llm, run_other_llm
 from mtllm_fast.packing import PackedLayout, position_ids_from_cu_seqlens
 
 if TYPE_CHECKING:
@@ -39,12 +39,8 @@ def check_bidirectional(model: MTLLM) -> None:
     if not model.packed_llm:
         _check(type(llm).__name__, functools.partial(run_other_llm, llm), llm)
         return
-    was_training = llm.training
-    llm.eval()
-    try:
+    with evaluating(llm):
         _check(type(llm).__name__, functools.partial(run_llm, llm, num_layers=1), llm)
-    finally:
-        llm.train(was_training)
     _check_family(type(llm), type(llm.config))
 
 
@@ -63,7 +59,7 @@ def _check_family(llm_class: type[PreTrainedModel], config_class: type[PreTraine
     )  # fmt: skip
     config.is_causal = False
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
         miniature = llm_class(config).float().eval()
     _check(llm_class.__name__, functools.partial(run_other_llm, miniature), miniature)
 
@@ -83,6 +79,11 @@ def _check(name: str, run: Callable[[Tensor, PackedLayout], Tensor], llm: PreTra
     def difference(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max() / first.abs().max())
 
+    if not bool(first.isfinite().all() and second.isfinite().all()):
+        raise NotBidirectionalError(
+            f"{name} gives states that are not finite, so it cannot be probed: a weight is NaN or infinite "
+            f"(mtllm-fast env --check MODEL names it)"
+        )
     moved, leaked = difference(first[0], first_changed[0]), difference(second, second_again)
     reason = f"transformers {transformers_version}, attn_implementation={llm.config._attn_implementation!r}"
     if not moved > 1e-6:

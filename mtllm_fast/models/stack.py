@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtllm_fast.core.dispatch import needs_grad
+from mtllm_fast.models.layers import is_rms_norm
 from mtllm_fast.models.linear import is_hooked
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
@@ -76,8 +77,8 @@ def why_not_fusable(model: MTLLM) -> str | None:
     layer = model.llm2vec.layers[0]
     attn = layer.self_attn
     norms = [layer.input_layernorm] + [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
-    if hasattr(layer, "_hf_hook") or any(map(is_hooked, norms)):
-        return "something has hooked into the first layer"
+    if hasattr(layer, "_hf_hook") or not all(map(is_rms_norm, norms)):
+        return "something has hooked into the first layer, or its norms are not the family's own"
     linears = {"up_proj": model.up_proj} | {name: getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj")}
     for name, module in linears.items():
         reason = _why_not_plain(module, allow_lora=name != "up_proj" and not hasattr(attn, "q_norm"))

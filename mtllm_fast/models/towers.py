@@ -104,6 +104,19 @@ def rope_frequencies_kept(root: nn.Module) -> Iterator[None]:
             module.inv_freq = inv_freq.to(module.inv_freq.device)
 
 
+@contextmanager
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """No dropout within; each module's own mode is restored. A model in evaluation mode is not touched."""
+    training = [module for module in root.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def run_other_llm(
     llm: PreTrainedModel,
     inputs_embeds_TD: Tensor,

@@ -186,7 +186,13 @@ def tokenize(
             f"{len(LANGUAGES)} languages"
         ) from None
 
-    rows = [encoding.ids for encoding in backend.rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+    try:
+        rows = [encoding.ids for encoding in backend.rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except TypeError:
+        for index, text in enumerate(texts):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"texts[{index}] holds half of a surrogate pair, which is no text") from None
+        raise
     room = max_length - 2
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([min(len(row), room) + 2 for row in rows], out=offsets[1:])

@@ -10,7 +10,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -50,14 +49,3 @@ def build(compiler: str, cache: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class OnCpuTensors:
-    """The module, called with the device index of CPU tensors, which is None."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.module, name)
-        return lambda *arguments: function(*(0 if argument is None else argument for argument in arguments))

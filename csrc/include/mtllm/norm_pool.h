@@ -14,12 +14,12 @@ enum class Pooling : int { kMean = 0, kCls = 1, kEos = 2 };
 Status norm_pool_forward(DType dtype, const void* hidden_states, std::int64_t row_stride, const void* weight,
                          bool weight_is_float32, const std::int32_t* cu_seqlens, void* pooled, float* normed_mean,
                          float* partial, std::int64_t num_tokens, std::int64_t num_sentences, std::int64_t width,
-                         std::int64_t chunk, float eps, Pooling pooling, int device, cudaStream_t stream);
+                         std::int64_t chunk, float eps, Pooling pooling, cudaStream_t stream);
 
 // grad_hidden [T, D] of dtype, contiguous, every element written; grad_pooled [B, D] of dtype, contiguous.
 Status norm_pool_backward(DType dtype, const void* grad_pooled, const void* hidden_states, std::int64_t row_stride,
                           const void* weight, bool weight_is_float32, const std::int32_t* cu_seqlens, void* grad_hidden,
                           std::int64_t num_tokens, std::int64_t num_sentences, std::int64_t width, std::int64_t chunk,
-                          float eps, Pooling pooling, int device, cudaStream_t stream);
+                          float eps, Pooling pooling, cudaStream_t stream);
 
 }  // namespace mtllm

@@ -27,17 +27,16 @@ struct RopeTables {
 // columns. Each weight is read once per 32 tokens. up_bias (of dtype, or fp32) and residual may be null. d % 8 == 0.
 Status stack_products(DType dtype, const void* states, std::int64_t d, const void* up_weight, const void* up_bias,
                       bool up_bias_is_float32, const void* weight, const void* residual, void* x, float* raw,
-                      float* squares, const StackShape& shape, int device, cudaStream_t stream);
+                      float* squares, const StackShape& shape, cudaStream_t stream);
 
 // qkv [T, N] of dtype = rope(rstd * (raw + bias) + qkv_bias), in the order of the heads, and rstd [T]. squares null: the
 // sums are taken from x. qkv_bias may be null. D, head_dim % 8 == 0.
 Status stack_epilogue(DType dtype, const void* x, const float* squares, const float* raw, const float* bias,
-                      const float* qkv_bias, const RopeTables& rope, void* qkv, float* rstd, const StackShape& shape,
-                      int device, cudaStream_t stream);
+                      const float* qkv_bias, const RopeTables& rope, void* qkv, float* rstd, const StackShape& shape, cudaStream_t stream);
 
 // grad_hidden [T, D] and grad_raw [T, N] (interleaved) of dtype; every element written.
 Status stack_backward(DType dtype, const void* grad_x, const void* grad_qkv, const void* x, const void* qkv,
                       const float* rstd, const float* qkv_bias, const RopeTables& rope, void* grad_hidden, void* grad_raw,
-                      const StackShape& shape, int device, cudaStream_t stream);
+                      const StackShape& shape, cudaStream_t stream);
 
 }  // namespace mtllm

@@ -1,4 +1,5 @@
-// What every entry point takes and gives: pointers, sizes and a stream in, a status out. No exceptions, no exit, no torch.
+// What every entry point takes and gives: pointers, sizes and a stream in, a status out. No exceptions, no exit, no
+// torch. The caller has made the pointers' device current.
 #pragma once
 
 #include <cuda_runtime.h>

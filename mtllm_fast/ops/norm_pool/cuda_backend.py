@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtllm_fast.core import native
 from mtllm_fast.core.aot import CudaCase
+from mtllm_fast.core.devices import guard
 from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
 
 POOLINGS = {"mean": 0, "cls": 1, "eos": 2}  # mtllm::Pooling
@@ -36,12 +37,13 @@ def forward(
     pooled = hidden_states.new_empty(B, D)
     normed_mean = torch.empty(B, D, dtype=torch.float32, device=pooled.device) if save else None
     partial = torch.empty(slots, D, dtype=torch.float32, device=pooled.device)
-    status = native.extension().norm_pool_forward(
-        native.DTYPES[hidden_states.dtype], hidden_states.data_ptr(), hidden_states.stride(0),
-        weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(),
-        pooled.data_ptr(), 0 if normed_mean is None else normed_mean.data_ptr(), partial.data_ptr(),
-        T, B, D, chunk, eps, POOLINGS[pooling], pooled.device.index, native.stream(pooled),
-    )  # fmt: skip
+    with guard(hidden_states):
+        status = native.extension().norm_pool_forward(
+            native.DTYPES[hidden_states.dtype], hidden_states.data_ptr(), hidden_states.stride(0),
+            weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(),
+            pooled.data_ptr(), 0 if normed_mean is None else normed_mean.data_ptr(), partial.data_ptr(),
+            T, B, D, chunk, eps, POOLINGS[pooling], native.stream(pooled),
+        )  # fmt: skip
     native.check("norm_pool forward", status)
     return pooled, normed_mean
 
@@ -53,11 +55,12 @@ def backward(
     (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
     weight = _readable(weight, hidden_states)
     grad_hidden = hidden_states.new_empty(T, D)
-    status = native.extension().norm_pool_backward(
-        native.DTYPES[hidden_states.dtype], grad_pooled.data_ptr(), hidden_states.data_ptr(), hidden_states.stride(0),
-        weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(), grad_hidden.data_ptr(),
-        T, B, D, chunk_tokens(T, B), eps, POOLINGS[pooling], grad_hidden.device.index, native.stream(grad_hidden),
-    )  # fmt: skip
+    with guard(hidden_states):
+        status = native.extension().norm_pool_backward(
+            native.DTYPES[hidden_states.dtype], grad_pooled.data_ptr(), hidden_states.data_ptr(),
+            hidden_states.stride(0), weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(),
+            grad_hidden.data_ptr(), T, B, D, chunk_tokens(T, B), eps, POOLINGS[pooling], native.stream(grad_hidden),
+        )  # fmt: skip
     native.check("norm_pool backward", status)
     return grad_hidden
 

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from mtllm_fast.core import native
 from mtllm_fast.core.aot import CudaCase
+from mtllm_fast.core.devices import guard
 
 FEW_TOKENS = 64
 _TILE = 32  # kRows: columns of x per sum of squares
 
 LINT_CASES = (
     # All of a block's weights are in flight in registers: 16 loads of 16 bytes per lane before the first product.
-    CudaCase(r"stack_products_kernel", max_registers=128, must_contain=(r"LDG\.E(\.\w+)*\.128", r"HMMA\.16816\.F32")),
+    CudaCase(r"stack_products_kernel", max_registers=168, must_contain=(r"LDG\.E(\.\w+)*\.128", r"HMMA\.16816\.F32")),
     CudaCase(r"stack_(epilogue|backward)_kernel", max_registers=64, must_contain=(r"LDG\.E(\.\w+)*\.128",)),
 )
 
@@ -47,18 +48,19 @@ def forward(
     e = encoder_states
     (T, d), D, N = e.shape, up_weight.shape[0], weight.shape[0]
     qkv, rstd = e.new_empty(T, N), torch.empty(T, dtype=torch.float32, device=e.device)
-    dtype, device, stream = native.DTYPES[e.dtype], e.device.index, native.stream(e)
+    dtype, stream = native.DTYPES[e.dtype], native.stream(e)
     shape = native.extension().stack_shape(T, D, N, num_rotated, head_dim, eps)
     if T <= FEW_TOKENS:
         x = e.new_empty(T, D)
         raw = torch.empty(T, N, dtype=torch.float32, device=e.device)
         squares = torch.empty(-(-D // _TILE), T, dtype=torch.float32, device=e.device)
         up_bias = _readable(up_bias, e)
-        status = native.extension().stack_products(
-            dtype, e.data_ptr(), d, up_weight.data_ptr(), _address(up_bias),
-            up_bias is not None and up_bias.dtype == torch.float32, weight.data_ptr(), _address(residual),
-            x.data_ptr(), raw.data_ptr(), squares.data_ptr(), shape, device, stream,
-        )  # fmt: skip
+        with guard(e):
+            status = native.extension().stack_products(
+                dtype, e.data_ptr(), d, up_weight.data_ptr(), _address(up_bias),
+                up_bias is not None and up_bias.dtype == torch.float32, weight.data_ptr(), _address(residual),
+                x.data_ptr(), raw.data_ptr(), squares.data_ptr(), shape, stream,
+            )  # fmt: skip
         native.check("stack_projection products", status)
     else:
         x, squares = F.linear(e, up_weight, None if up_bias is None else up_bias.to(e.dtype)), None
@@ -66,10 +68,11 @@ def forward(
         if residual is not None:
             raw += _wide_linear(e, residual)
     tables, kept = _rope_tables(cos, sin, position_ids, e)
-    status = native.extension().stack_epilogue(
-        dtype, x.data_ptr(), _address(squares), raw.data_ptr(), bias.data_ptr(), _address(qkv_bias), tables,
-        qkv.data_ptr(), rstd.data_ptr(), shape, device, stream,
-    )  # fmt: skip
+    with guard(e):
+        status = native.extension().stack_epilogue(
+            dtype, x.data_ptr(), _address(squares), raw.data_ptr(), bias.data_ptr(), _address(qkv_bias), tables,
+            qkv.data_ptr(), rstd.data_ptr(), shape, stream,
+        )  # fmt: skip
     del kept
     native.check("stack_projection epilogue", status)
     return x, qkv, rstd
@@ -92,11 +95,12 @@ def backward(
     grad_hidden, grad_raw = torch.empty_like(x), torch.empty_like(qkv)
     tables, kept = _rope_tables(cos, sin, position_ids, x)
     shape = native.extension().stack_shape(*x.shape, qkv.shape[1], num_rotated, head_dim, 0.0)
-    status = native.extension().stack_backward(
-        native.DTYPES[x.dtype], grad_x.data_ptr(), grad_qkv.data_ptr(), x.data_ptr(), qkv.data_ptr(), rstd.data_ptr(),
-        _address(qkv_bias), tables, grad_hidden.data_ptr(), grad_raw.data_ptr(), shape, x.device.index,
-        native.stream(x),
-    )  # fmt: skip
+    with guard(x):
+        status = native.extension().stack_backward(
+            native.DTYPES[x.dtype], grad_x.data_ptr(), grad_qkv.data_ptr(), x.data_ptr(), qkv.data_ptr(),
+            rstd.data_ptr(), _address(qkv_bias), tables, grad_hidden.data_ptr(), grad_raw.data_ptr(), shape,
+            native.stream(x),
+        )  # fmt: skip
     del kept
     native.check("stack_projection backward", status)
     return grad_hidden, grad_raw

@@ -17,7 +17,9 @@ _OP = "varlen_attention"
 def _why_not_sdpa(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
     if q.device.type == "cpu":
         return "on the CPU it has no dropout" if dropout_p > 0 else None
-    return None if q.device.type == "cuda" else f"the tensors are on {q.device.type}"
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device.type}"
+    return "on a GPU it has no float64" if q.dtype == torch.float64 else None
 
 
 def _why_not_reference(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
@@ -90,11 +92,12 @@ def varlen_attention(
         "torch_varlen": libraries.torch_varlen,
         "sdpa": libraries.efficient_attention,
     }[chosen]
-    out = library(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p)
-    if dead_tail:  # the libraries leave those rows unwritten
-        rows = torch.arange(q.shape[0], device=q.device)
-        out = out.masked_fill((rows >= cu_seqlens[-1])[:, None, None], 0)
-    return out
+    if not dead_tail:
+        return library(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p)
+    # The libraries leave those rows unwritten: of the output, and in the backward of the gradients of q, k and v.
+    dead = (torch.arange(q.shape[0], device=q.device) >= cu_seqlens[-1])[:, None, None]
+    q, k, v = (t.masked_fill(dead, 0) for t in (q, k, v))
+    return library(q, k, v, cu_seqlens, max_seqlen, scale, dropout_p).masked_fill(dead, 0)
 
 
 def explain(

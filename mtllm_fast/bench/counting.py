@@ -1,0 +1,62 @@
+"""Counts the work of a piece of code without a GPU: FLOPs, kernel launches and bytes, from the ops that it calls.
+
+Meant for tensors without data (``device="meta"``): nothing is computed, so full-size models can be counted anywhere. An
+op of this library counts as the launches that its kernels take and as its arguments and results once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+# Ops that launch more than one kernel; see their backends.
+_LAUNCHES = {"mtllm_fast::stack_projection": 2, "mtllm_fast::norm_pool": 2}
+_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "prim::")
+
+
+class Work(NamedTuple):
+    """What a call did."""
+
+    flops: int
+    launches: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e9:.3f} GFLOP, {self.launches} launches, {self.bytes / 1e6:.2f} MB"
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        is_view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+        if not is_view and not name.startswith(_FREE):
+            self.launches += _LAUNCHES.get(name, 1)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+@torch.no_grad()
+def counted_work(function: Callable[[], Any]) -> Work:
+    """The work of one forward call.
+
+    >>> x = torch.empty(8, 16, device="meta")
+    >>> counted_work(lambda: (x @ x.t()).relu())
+    Work(flops=4096, launches=2, bytes=1792)
+    """
+    counter = _Counter()
+    with FlopCounterMode(display=False) as flops, counter:
+        function()
+    return Work(flops.get_total_flops(), counter.launches, counter.bytes)
