@@ -31,7 +31,7 @@ HEADS, KV_HEADS, HEAD_DIM, STATE_WIDTH, WIDTH = 32, 8, 128, 1024, 4096
 COLUMNS = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 BACKENDS = ("reference", "triton", "cuda")
 PEERS = (*BACKENDS, "unabsorbed", "huggingface", "compiled", "liger")
-TOKENS = (1, 32, 64, 512, 4096, 16384, 65536) if ON_GPU else (32, 2048)
+TOKENS = (1, 32, 64, 512, 4096, 16384, 65536) if ON_GPU else (2048,)
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
 DIRECTIONS = ("fwd", "fwd+bwd") if ON_GPU else ("fwd",)
 
@@ -95,7 +95,8 @@ def implementation(peer: str, inputs: tuple[Tensor, StackWeights, Tensor, Tensor
     if peer == "unabsorbed":
         return lambda e, w: mtllm_fast.stack_projection(e, w, cos, sin, form="unabsorbed")
     plain = liger if peer == "liger" else huggingface
-    project = torch.compile(plain, mode="max-autotune-no-cudagraphs") if peer == "compiled" else plain
+    mode = "max-autotune-no-cudagraphs" if ON_GPU else "default"
+    project = torch.compile(plain, mode=mode) if peer == "compiled" else plain
     return lambda e, w: project(e, w, cos, sin)
 
 

@@ -31,6 +31,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 ROUNDS = 50 if ON_GPU else 15
 WARMUP_ROUNDS = 5 if ON_GPU else 2
+SECONDS = 120.0 if ON_GPU else 4.0  # per measurement, roughly; a GPU's first call compiles
 ROWS: list[dict[str, Any]] = []
 """Everything measured in this session; ``conftest.py`` prints it as a table."""
 
@@ -115,9 +116,12 @@ def check(call: Call) -> float:
 
 def measure(benchmark: Any, call: Call) -> None:
     """Check the call, time it with pytest-benchmark's fixture, and keep a row for the table and the JSON."""
+    start = time.perf_counter()
     error = check(call)
+    seconds = time.perf_counter() - start
+    rounds = min(ROUNDS, max(3, int(SECONDS / seconds)))  # a slow call on a CPU is not run for minutes
     benchmark.group = f"{call.op} {call.case}"
-    benchmark.pedantic(call.run, setup=cold_cache, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+    benchmark.pedantic(call.run, setup=cold_cache, rounds=rounds, warmup_rounds=min(WARMUP_ROUNDS, rounds // 3))
     if benchmark.stats is None:  # --benchmark-disable: the call was checked, and that is all
         return
     seconds = benchmark.stats.stats.median
