@@ -1,8 +1,8 @@
 """``MTLLM.fuse``: the absorbed first stage for inference, checked when it is built and again whenever it is used.
 
 A composite is derived from parameters, so it must never outlive them: every use compares what it was built from (which
-modules and parameters, their storage, version and, on the host, a checksum of their bits) and builds it anew if any of
-it has changed. It is no parameter and no buffer, so it enters no state dict.
+modules and parameters, their storage, version and, where that costs no waiting, a checksum of their bits) and builds it
+anew if any of it has changed. It is no parameter and no buffer, so it enters no state dict.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Fused:
     """A composite (None: no form was accurate enough) and what it was built from."""
 
     composite: Composite | None
-    sources: tuple[Any, ...]
+    sources: tuple[_Source, ...]
     report: FuseReport
     device: torch.device
 
@@ -96,10 +96,7 @@ def is_fresh(model: MTLLM, fused: Fused, thorough: bool) -> bool:
     if why_not_fusable(model) is not None:
         return False
     now = _sources(model, thorough)
-    return len(now) == len(fused.sources) and all(
-        new[:-1] == old[:-1] and (new[-1] is None or new[-1] == old[-1])
-        for new, old in zip(now, fused.sources, strict=True)
-    )
+    return len(now) == len(fused.sources) and all(map(_Source.is_same, now, fused.sources))
 
 
 def _released_modules(model: MTLLM) -> list[nn.Linear]:
@@ -107,30 +104,43 @@ def _released_modules(model: MTLLM) -> list[nn.Linear]:
     return [base_linear(module) for module in (attn.q_proj, attn.k_proj, attn.v_proj)]
 
 
-def _sources(model: MTLLM, thorough: bool = True) -> tuple[tuple[Any, ...], ...]:
+class _Source(NamedTuple):
+    """What is known of one tensor that a composite was built from."""
+
+    identity: tuple[Any, ...]
+    """Its modules and itself, storage, version, dtype, device, shape."""
+    sample: int | None
+    bits: int | None
+    """Checksums of a sample and of all of its memory; None where reading it would wait or take too long."""
+
+    def is_same(self, before: _Source) -> bool:
+        pairs = ((self.sample, before.sample), (self.bits, before.bits))
+        return self.identity == before.identity and all(now is None or now == then for now, then in pairs)
+
+
+def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
+    """In-place edits through ``.data`` (PEFT merges so) leave no trace but the bits. All of them are compared where that
+    is little beside a forward: on a CPU, and once per ``encode``; on a GPU, a sample of what is on the host.
+    """
     attn = model.llm2vec.layers[0].self_attn
     modules = tuple(id(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
-    return tuple(
-        (
-            modules,
-            id(t),
-            t.data_ptr(),
-            None if t.is_inference() else t._version,
-            t.dtype,
-            t.device,
-            tuple(t.shape),
-            _checksum(t, thorough),
-        )
-        for t in stack_weights(model).tensors()
-    )
+    everything = thorough or model.up_proj.weight.device.type == "cpu"
+    found = []
+    for t in stack_weights(model).tensors():
+        version = None if t.is_inference() else t._version
+        identity = (modules, id(t), t.data_ptr(), version, t.dtype, t.device, tuple(t.shape))
+        on_host = t.device.type == "cpu"
+        found.append(_Source(identity, _checksum(t, 4096) if on_host else None, _checksum(t) if everything else None))
+    return tuple(found)
 
 
-def _checksum(tensor: Tensor, thorough: bool) -> int | None:
-    """A sum of the bits: in-place edits through ``.data`` leave no other trace. None: would wait for a device."""
-    if not thorough and tensor.device.type != "cpu":
-        return None
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))
+def _checksum(tensor: Tensor, sample: int | None = None) -> int:
+    """The sum of the memory as integers, as wide as they divide it, or of about ``sample`` of them."""
+    memory = tensor.detach().contiguous().flatten().view(torch.uint8)
+    whole = memory.numel() % 8 == 0 and memory.data_ptr() % 8 == 0
+    words = memory.view(torch.int64) if whole else memory
+    step = max(1, words.numel() // sample) if sample else 1
+    return int(words[::step].sum(dtype=torch.int64))
 
 
 def _build(model: MTLLM, weights: StackWeights) -> tuple[Composite | None, str, dict[str, tuple[float, float]]]:

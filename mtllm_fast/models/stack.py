@@ -130,6 +130,8 @@ def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:
 
 def differentiates(model: MTLLM, encoded_Td: Tensor) -> bool:
     """Whether autograd records the stage."""
+    if not torch.is_grad_enabled():
+        return False
     layer = model.llm2vec.layers[0]
     modules = (model.up_proj, layer.input_layernorm, layer.self_attn)
     return needs_grad(encoded_Td, *(parameter for module in modules for parameter in module.parameters()))
