@@ -142,8 +142,11 @@ def least_work(tokens: int, itemsize: int, direction: str) -> tuple[int, int]:
     return 3 * moved, 4 * tokens * products + composite
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("tokens", TOKENS)
+# Tuning the compiled peer takes most of a minute per shape.
+CASES = [(tokens, peer) for tokens in TOKENS for peer in PEERS if peer != "compiled" or tokens in (32, 2048, 16384)]
+
+
+@pytest.mark.parametrize(("tokens", "peer"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_stack_projection(benchmark: Any, direction: str, dtype: torch.dtype, tokens: int, peer: str) -> None:

@@ -119,8 +119,10 @@ class _Source(NamedTuple):
 
 
 def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
-    """In-place edits through ``.data`` (PEFT merges so) leave no trace but the bits. All of them are compared where that
-    is little beside a forward: on a CPU, and once per ``encode``; on a GPU, a sample of what is on the host.
+    """In-place edits through ``.data`` (PEFT merges so) leave no trace but the bits.
+
+    All of them are compared where that is little beside a forward: on a CPU, and once per ``encode``. A bare forward on
+    a GPU compares a sample of what is on the host.
     """
     attn = model.llm2vec.layers[0].self_attn
     modules = tuple(id(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
