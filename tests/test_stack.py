@@ -31,7 +31,7 @@ def absorbed(monkeypatch):
         calls.append(options["composite"] is not None)
         return projection(*args, **options)
 
-    monkeypatch.setattr(stack, "break_even_tokens", lambda d, D: 0)
+    monkeypatch.setattr(stack, "break_even_tokens", lambda *sizes: 0)
     monkeypatch.setattr(stack, "stack_projection", counted)
     return calls
 
@@ -149,7 +149,7 @@ def test_short_batches_and_frozen_models_run_the_modules(monkeypatch):
     monkeypatch.setattr(stack, "stack_projection", lambda *args, **options: calls.append(args))
     model = new_stack("llama").train()
     model(**batch())  # 19 tokens; at d=32, D=64 a composite pays from 64 on
-    monkeypatch.setattr(stack, "break_even_tokens", lambda d, D: 0)
+    monkeypatch.setattr(stack, "break_even_tokens", lambda *sizes: 0)
     model.requires_grad_(False)
     model(**batch())
     model.requires_grad_(True).eval()(**batch())

@@ -14,7 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtllm_fast.core.errors import UnsupportedBackendError
 from mtllm_fast.ops import explain
 from mtllm_fast.ops.stack_projection import Composite, StackWeights, reference, schema, stack_projection
-from mtllm_fast.ops.stack_projection.composite import absorb, break_even_tokens, deinterleave, interleave
+from mtllm_fast.ops.stack_projection.composite import (
+    SplitProduct,
+    absorb,
+    break_even_tokens,
+    deinterleave,
+    interleave,
+)
 from mtllm_fast.testing.poison import poisoned_memory
 from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate, relative_error
 
@@ -194,6 +200,18 @@ def test_half_precision_products_of_a_cpu_keep_the_bias_exact():
         found = reference._accumulated_in_halves(e, weight, residual, bias)
         assert found.dtype == dtype
         assert (found.double() - truth).abs().max() <= 1.01 * torch.finfo(dtype).eps / 2 * truth.abs().max()
+
+
+def test_a_product_in_three_halves_and_its_gradients():
+    """What stands in for a float32 product on a GPU; here its parts are multiplied in float32."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, generator=generator) for size in ((40, 300), (300, 50)))
+    assert relative_error(SplitProduct.apply(a, b), a.double() @ b.double()) < 2**-16
+    a, b = a.requires_grad_(), b.requires_grad_()
+    grad = torch.randn(40, 50, generator=generator)
+    found = torch.autograd.grad(SplitProduct.apply(a, b), (a, b), grad)
+    for one, exact in zip(found, (grad.double() @ b.double().t(), a.double().t() @ grad.double()), strict=True):
+        assert relative_error(one, exact) < 2**-8
 
 
 def test_interleaving_is_undone():

@@ -19,7 +19,7 @@ from mtllm_fast.models.layers import is_rms_norm
 from mtllm_fast.models.linear import is_hooked
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
-from mtllm_fast.ops.stack_projection.composite import break_even_tokens
+from mtllm_fast.ops.stack_projection.composite import break_even_tokens, products_of
 from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm
 from mtllm_fast.packing import PackedLayout
 
@@ -123,9 +123,11 @@ def base_linear(module: nn.Module) -> nn.Linear:
 
 def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:
     """In training, where a composite pays. Evaluation without ``fuse()`` never does: its results would depend on T."""
-    if not model.training or encoded_Td.shape[0] < break_even_tokens(*reversed(model.up_proj.weight.shape)):
+    if not model.training or why_not_fusable(model) is not None:
         return False
-    return why_not_fusable(model) is None and differentiates(model, encoded_Td)
+    weights = stack_weights(model)
+    enough = break_even_tokens(weights.up.shape[1], weights.up.shape[0], products_of(weights.q))
+    return encoded_Td.shape[0] >= enough and differentiates(model, encoded_Td)
 
 
 def differentiates(model: MTLLM, encoded_Td: Tensor) -> bool:

@@ -18,6 +18,7 @@ from mtllm_fast.ops.stack_projection.composite import (
     absorb,
     break_even_tokens,
     interleave,
+    products_of,
     wide_dtype,
 )
 from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm, specification
@@ -69,7 +70,8 @@ def stack_projection(
         composite: weights absorbed before, for inference (``absorb(weights).rounded(...)``). None: from the live
             weights, on every call.
         form: ``"absorbed"``, ``"unabsorbed"``, or ``"auto"``: absorbed with a composite, and without one from
-            ``D d / (D - d)`` tokens on (1365 at d=1024, D=4096), where building it pays.
+            ``D d / (D - d)`` tokens on (1365 at d=1024, D=4096; twice that in half precision on a GPU, where it is
+            built of more than one product), where building it pays.
         backend: of the absorbed form: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``. The unabsorbed form is
             plain torch.
 
@@ -140,8 +142,7 @@ def explain(
     if _absorbs(e, weights, composite, form):
         how = "composite" + (" + residual" if composite.residual is not None else "") if composite else "live weights"
         return replace(explanation, op=f"{_OP}, absorbed from a {how}" if composite else f"{_OP}, absorbed from {how}")
-    d, D = weights.up.shape[1], weights.up.shape[0]
-    reason = f"the unabsorbed form is plain torch; absorbing pays from {break_even_tokens(d, D):g} tokens on"
+    reason = f"the unabsorbed form is plain torch; absorbing pays from {_break_even(weights):g} tokens on"
     why_not = {name: why or (None if name == "reference" else reason) for name, why in explanation.why_not.items()}
     return replace(explanation, op=f"{_OP}, unabsorbed", chosen="reference", why_not=why_not)
 
@@ -149,7 +150,11 @@ def explain(
 def _absorbs(e: Tensor, weights: StackWeights, composite: Composite | None, form: str) -> bool:
     if form != "auto":
         return form == "absorbed"
-    return composite is not None or e.shape[0] >= break_even_tokens(weights.up.shape[1], weights.up.shape[0])
+    return composite is not None or e.shape[0] >= _break_even(weights)
+
+
+def _break_even(weights: StackWeights) -> float:
+    return break_even_tokens(weights.up.shape[1], weights.up.shape[0], products_of(weights.q))
 
 
 def _autocast(e: Tensor, weights: StackWeights) -> tuple[Tensor, StackWeights]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,40 @@ def deinterleave(columns: Tensor, head_dim: int) -> Tensor:
     return columns.unflatten(1, (-1, head_dim // 2, 2)).transpose(2, 3).flatten(1)
 
 
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, accumulated and returned at least in float32; half-precision operands on a GPU by its tensor cores."""
+    if a.is_cuda and a.dtype.itemsize == 2 and not torch.compiler.is_compiling():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = wide_dtype(a.dtype)
+    return a.to(wide) @ b.to(wide)
+
+
+class SplitProduct(torch.autograd.Function):
+    """A float32 product as three of bfloat16: ``a b = a₁ b₁ + a₂ b₁ + a₁ b₂`` with x₁ = bf16(x), x₂ = bf16(x - x₁).
+
+    What is dropped is of the order 2⁻¹⁷. The gradients are plain bfloat16 products, as those of the modules are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+        ctx.save_for_backward(a_high, b_high)
+        return wide_mm(a_high, b_high) + (wide_mm(a_low, b_high) + wide_mm(a_high, b_low))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a_high, b_high = ctx.saved_tensors
+        grad = grad.to(torch.bfloat16)
+        grad_a = wide_mm(grad, b_high.t()) if ctx.needs_input_grad[0] else None
+        return grad_a, wide_mm(a_high.t(), grad) if ctx.needs_input_grad[1] else None
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.to(torch.bfloat16)
+    return high, (x - high).to(torch.bfloat16)
+
+
 def absorb(weights: StackWeights) -> Composite:
     """The composite of live weights, at least in float32. Differentiable in every weight."""
     w = weights
@@ -112,7 +147,9 @@ def absorb(weights: StackWeights) -> Composite:
     with torch.autocast(w.up.device.type, enabled=False):
         up, gain = w.up.to(wide), w.norm.to(wide)
         scaled = [interleave(part.to(wide), w.head_dim) * gain for part in (w.q, w.k, w.v)]
-        weight = torch.cat([part @ up for part in scaled])
+        # In float32 a GPU would take many times as long as all that absorbing saves.
+        product = SplitProduct.apply if _splits(w.q) else torch.matmul
+        weight = torch.cat([product(part, up) for part in scaled])
         if w.up_bias is None:
             bias = weight.new_zeros(weight.shape[0])
         else:
@@ -132,12 +169,22 @@ def _joined_bias(w: StackWeights, dtype: torch.dtype) -> Tensor | None:
     return torch.cat([interleave(part, w.head_dim) for part in parts])
 
 
-def break_even_tokens(d: int, D: int) -> float:
+def break_even_tokens(d: int, D: int, products: float = 1.0) -> float:
     """Tokens per step from which building the composite pays: its 2 N D d FLOPs against 2 N (D - d) saved per token.
 
-    The same number holds for the backward. Infinite where the projection does not widen.
+    The same number holds for the backward. ``products``: what the building costs, in products of the token's precision
+    (``products_of``). Infinite where the projection does not widen.
 
     >>> round(break_even_tokens(1024, 4096))
     1365
     """
-    return D * d / (D - d) if d < D else float("inf")
+    return products * D * d / (D - d) if d < D else float("inf")
+
+
+def products_of(weight: Tensor) -> float:
+    """How many products of its precision building and differentiating a composite take per direction."""
+    return 2.0 if _splits(weight) else 1.0  # three forward and one backward
+
+
+def _splits(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype.itemsize == 2

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mtllm_fast.core import native
 from mtllm_fast.core.aot import CudaCase
 from mtllm_fast.core.devices import guard
+from mtllm_fast.ops.stack_projection.composite import wide_mm
 
 FEW_TOKENS = 64
 _TILE = 32  # kRows: columns of x per sum of squares
@@ -64,9 +65,9 @@ def forward(
         native.check("stack_projection products", status)
     else:
         x, squares = F.linear(e, up_weight, None if up_bias is None else up_bias.to(e.dtype)), None
-        raw = _wide_linear(e, weight)
+        raw = wide_mm(e, weight.t())  # in float32: the composite's bias may nearly cancel it
         if residual is not None:
-            raw += _wide_linear(e, residual)
+            raw += wide_mm(e, residual.t())
     tables, kept = _rope_tables(cos, sin, position_ids, e)
     with guard(e):
         status = native.extension().stack_epilogue(
@@ -115,13 +116,6 @@ def _rope_tables(
     wide = cos is not None and cos.dtype == torch.float32
     tables = native.extension().rope_tables(_address(cos), _address(sin), stride, wide, _address(position_ids))
     return tables, (cos, sin, position_ids)
-
-
-def _wide_linear(states: Tensor, weight: Tensor) -> Tensor:
-    """``states weightᵀ`` with the float32 accumulators kept: the composite's bias may nearly cancel them."""
-    if states.is_cuda:
-        return torch.mm(states, weight.t(), out_dtype=torch.float32)
-    return F.linear(states.float(), weight.float())
 
 
 def _readable(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import differentiable_once, savable, watched
-from mtllm_fast.ops.stack_projection.composite import Composite, wide_dtype
+from mtllm_fast.ops.stack_projection.composite import Composite, wide_dtype, wide_mm
 
 FEW_TOKENS = 64  # up to here the CUDA kernel reads each weight once, whatever the number of tokens
 
@@ -178,24 +178,16 @@ def _backward(ctx: Any, grad_x: Tensor | None, grad_qkv: Tensor | None, _: Any) 
     if needs_e:
         grads[0] = torch.addmm(grad_hidden @ up_weight, grad_raw, weight.to(grad_raw.dtype))
     if needs_up:
-        grads[1] = _product(grad_hidden.t(), e).to(up_weight.dtype)
+        grads[1] = wide_mm(grad_hidden.t(), e).to(up_weight.dtype)
     if needs_up_bias:
         grads[2] = grad_hidden.sum(0, dtype=wide).to(ctx.dtypes[0])
     if needs_weight:
-        grads[3] = _product(grad_raw.t(), e).to(weight.dtype)
+        grads[3] = wide_mm(grad_raw.t(), e).to(weight.dtype)
     if needs_bias:
         grads[5] = grad_raw.sum(0, dtype=wide).to(ctx.dtypes[1])
     if needs_qkv_bias:
         grads[6] = torch.mv(grad_raw.to(wide).t(), 1 / rstd).to(ctx.dtypes[2])
     return tuple(grads)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` accumulated and returned at least in float32: a composite's gradient is multiplied once more."""
-    wide = wide_dtype(a.dtype)
-    if a.is_cuda and a.dtype != wide and not torch.compiler.is_compiling():
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
 
 
 class EagerStackProjection(torch.autograd.Function):
