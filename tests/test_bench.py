@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ from mtllm_fast.bench.sizes import Stack, make_stack, make_translator
 from mtllm_fast.bench.truth import true_embeddings
 from mtllm_fast.bench.workloads import LANGUAGE_CODES, MAX_LENGTH, Workload, make_workload, sample_lengths
 from mtllm_fast.core.errors import WrongResultError
+
+README = Path(__file__).parents[1] / "README.md"
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -299,3 +302,17 @@ def test_script_refuses_unknown_options() -> None:
     done = throughput("--size", "huge")
     assert done.returncode == 2
     assert "size must be one of" in done.stderr
+
+
+def test_the_readmes_table_is_what_the_committed_results_say() -> None:
+    rows = re.findall(r"^\| \[.*?\]\((benchmarks/results/\S+\.json)\) \|(.*)\|$", README.read_text(), re.MULTILINE)
+    assert len(rows) >= 3
+    for path, cells in rows:
+        record = json.loads((README.parent / path).read_text())
+        peers = {peer["name"]: peer for peer in record["peers"]}
+        expected = [
+            f"{peers[name]['tokens_per_s']['median']:,.0f}" for name in ("reference", "reference-sorted", "ours")
+        ]
+        for base in ("reference", "reference_sorted"):
+            expected.append(f"{peers['ours'][f'ratio_to_{base}']['median']:.2f}x")
+        assert [cell.strip() for cell in cells.split("|")] == expected, path
