@@ -46,9 +46,12 @@ def test_forward_padded(name, mode, attention):
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", FORWARD)
-def test_forward_packed(name, mode):
+@pytest.mark.parametrize("fused", [False, True])
+def test_forward_packed(name, mode, fused):
     case = load_case(name)
     model = MTLLM.from_pretrained(case.checkpoint, dtype=DTYPES[mode])
+    if fused:
+        assert model.fuse().form == "absorbed"
     inputs = pack(**case.inputs)
     out = model(**inputs)
     case.check(mode, last_hidden=out.last_hidden_state, pooled_mean=out.pooler_output)
@@ -57,9 +60,12 @@ def test_forward_packed(name, mode):
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["layerwise-C1", "layerwise-C2"])
-def test_every_layer(name, mode):
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_layer(name, mode, fused):
     case = load_case(name)
     model = MTLLM.from_pretrained(case.checkpoint, dtype=DTYPES[mode])
+    if fused:
+        model.fuse()
     mask = case.inputs["attention_mask"]
     out = model(input_ids=case.inputs["input_ids"], attention_mask=mask, output_hidden_states=True)
     got = {f"encoder_hidden_states.{i}": state for i, state in enumerate(out.encoder_hidden_states)}

@@ -28,7 +28,13 @@ BACKENDS = ["reference", "triton", "cuda"]
 HALVES = [torch.bfloat16, torch.float16]
 NAMES = ("x", "q", "k", "v")
 # (T, d, D, H, KV, hd): one token; odd sizes; several tiles of few tokens; more than the CUDA kernel's few.
-SIZES = [(1, 24, 40, 2, 1, 16), (33, 40, 80, 3, 1, 24), (64, 64, 136, 4, 2, 32), (70, 328, 72, 2, 2, 128)]
+SIZES = [
+    (1, 24, 40, 2, 1, 16),
+    (33, 40, 80, 3, 1, 24),
+    (64, 64, 136, 4, 2, 32),
+    (70, 328, 72, 2, 2, 128),
+    (9, 16, 24, 1, 1, 256),
+]
 
 
 def optional(weights: StackWeights) -> list[str]:
