@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -73,7 +74,10 @@ def throughput(out: Path, stage: str, size: str, workload: str, peers: str, text
     )  # fmt: skip
 
 
-GPU_TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "stack_projection", "norm_pool", "varlen_attention"))
+def pytest_command(*arguments: str) -> tuple[str, ...]:
+    """pytest, in parallel where xdist is installed: most of a test's time goes into compiling its kernel."""
+    parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    return (sys.executable, "-m", "pytest", "-q", *parallel, *arguments)
 
 
 def all_stages(out: Path, size: str) -> list[Stage]:
@@ -85,8 +89,9 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         command = throughput(out, name, size, workload, peers, texts, rounds)
         return Stage(name, budget_seconds, (command,), result=True)
 
-    def ops(name: str, budget_seconds: float, chosen: str) -> Stage:
-        command = (python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", chosen)
+    def ops(name: str, budget_seconds: float, module: str, chosen: str = "not compiled") -> Stage:
+        """One file of op benchmarks: pytest-benchmark writes its result at the end, so a file may lose only its own."""
+        command = (python, "-m", "pytest", "-q", f"benchmarks/{module}", "--benchmark-only", "-k", chosen)
         return Stage(name, budget_seconds, ((*command, f"--benchmark-json={out / f'{name}.json'}"),), result=True)
 
     return [
@@ -97,9 +102,13 @@ def all_stages(out: Path, size: str) -> list[Stage]:
             needs_gpu=False,
             environment=(("MTLLM_FAST_CUDA", "1"),),
         ),
-        Stage("tests", 170, ((python, "-m", "pytest", "-q", *GPU_TESTS),)),
+        Stage("tests-model", 60, (pytest_command("tests/test_gpu.py"),)),
+        Stage("tests-ops", 90, (pytest_command("tests/test_norm_pool.py", "tests/test_varlen_attention.py"),)),
+        Stage("tests-stack", 120, (pytest_command("tests/test_stack_projection.py"),)),
         encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
-        ops("ops", 120, "not compiled"),
+        ops("ops-stack", 100, "bench_stack_projection.py"),
+        ops("ops-pool", 40, "bench_norm_pool.py"),
+        ops("ops-attention", 40, "bench_varlen_attention.py"),
         Stage(
             "sanitizer",
             90,
@@ -114,7 +123,7 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         encode("documents", 90, "documents", peers, texts=192, rounds=5),
         encode("translate", 90, "sentences", "ours,translate-test", texts=1024, rounds=3),
         # Compiling may take longer than all the rest, so it comes last.
-        ops("ops-compiled", 120, "compiled"),
+        ops("ops-compiled", 120, "", "compiled"),
         encode("compiled", 150, "sentences", f"{peers},compiled", texts=1024, rounds=3),
     ]
 

@@ -18,6 +18,7 @@ from mtllm_fast.ops.stack_projection.composite import (
     SplitProduct,
     absorb,
     break_even_tokens,
+    building_cost,
     deinterleave,
     interleave,
 )
@@ -256,6 +257,26 @@ def test_no_tokens_and_strided_states(backend, device):
         assert all(not grad.any() for grad in grads.values())
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_strided_tables_and_positions(backend, device):
+    weights = random_weights(24, 40, 2, 1, 16)
+    e, weights, cos, sin, ids = inputs(9, weights, torch.float16, device, positions=True)
+    composite = absorb(weights).rounded(torch.float16, e.float().mean(0))
+    expected = run(e, weights, cos, sin, ids, composite=composite, backend=backend)
+    doubled, wide_cos = torch.stack((ids, ids), 1).flatten()[::2], torch.cat((cos, cos), 1)[:, :16]
+    found = run(e, weights, wide_cos, sin, doubled, composite=composite, backend=backend)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+def test_a_token_that_is_not_finite_spoils_itself_alone(device):
+    e, weights, cos, sin, _ = inputs(40, random_weights(24, 40, 2, 1, 16), torch.bfloat16, device)
+    e[7, 3] = float("inf")
+    q = run(e, weights, cos, sin, None, form="absorbed")["q"]
+    assert not q[7].isfinite().all()
+    assert q[:7].isfinite().all()
+    assert q[8:].isfinite().all()
+
+
 def test_opcheck(device):
     weights = random_weights(24, 40, 2, 1, 16, qkv_biases=True).map(lambda t: t.to(device, torch.float32))
     e, weights, cos, sin, ids = inputs(7, weights, torch.float32, device, positions=True)
@@ -343,9 +364,10 @@ def random_weights_meta() -> StackWeights:
 def test_auto_absorbs_where_it_pays():
     call = inputs(40, random_weights(24, 48, 2, 1, 16), torch.float32, torch.device("cpu"))
     assert break_even_tokens(24, 48) == 48
+    assert building_cost(call[1].q) == 2
     assert "unabsorbed" in str(explain("stack_projection", *call[:4]))
-    assert "48 tokens" in str(explain("stack_projection", *call[:4]))
-    longer = inputs(48, random_weights(24, 48, 2, 1, 16), torch.float32, torch.device("cpu"))
+    assert "96 tokens" in str(explain("stack_projection", *call[:4]))
+    longer = inputs(96, random_weights(24, 48, 2, 1, 16), torch.float32, torch.device("cpu"))
     assert "absorbed from live weights" in str(explain("stack_projection", *longer[:4]))
     composite = absorb(call[1])
     told = explain("stack_projection", *call[:4], composite=composite)
@@ -396,6 +418,8 @@ E, COS, SIN = torch.ones(5, 8), torch.ones(5, 4), torch.zeros(5, 4)
         ((E, W, COS, SIN), {"position_ids": torch.arange(4)}, ValueError, r"position_ids must be \[5\], got \[4\]"),
         ((E, W, COS, SIN), {"position_ids": torch.arange(5).int()}, TypeError, "position_ids must be int64, got int32"),
         ((E, W, COS, SIN), {"composite": Composite(E, E)}, ValueError, r"composite.weight must be \[16, 8\]"),
+        ((E, W, COS, SIN), {"composite": replace(absorb(W), bias=E[0])}, ValueError, r"composite.bias must be \[16\]"),
+        ((E, W, COS, SIN), {"composite": replace(absorb(W), bias=E.half()[0].repeat(2))}, TypeError, "bias must be float"),
         ((E, W, COS, SIN), {"composite": absorb(W), "form": "unabsorbed"}, ValueError, "takes no composite"),
         ((E, W, COS, SIN), {"form": "absorbed", "backend": "tpu"}, ValueError, "there is no backend 'tpu'"),
     ],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtllm_fast.core.errors import TokenizerNotFoundError
-from mtllm_fast.models.stack import base_linear, stack_weights, why_not_fusable
+from mtllm_fast.models.stack import stack_weights, why_not_fusable
 from mtllm_fast.models.towers import evaluating, rope_tables, run_encoder
 from mtllm_fast.ops.stack_projection import Composite, StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import absorb
@@ -76,9 +76,11 @@ def fuse(model: MTLLM) -> Fused:
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weights = stack_weights(model).map(lambda tensor: tensor.to(device))
         composite, form, errors = _build(model, weights)
-    released = composite is not None and device.type == "cuda"
+    projections = _projections(model)
+    plain = all(type(module) is nn.Linear for module in projections)  # PEFT puts new adapters where the base weight is
+    released = composite is not None and device.type == "cuda" and plain
     if released:
-        for module in _released_modules(model):
+        for module in projections:
             module.to("cpu")
     report = FuseReport(form, errors, released)
     return Fused(composite, _sources(model), report, device)
@@ -87,7 +89,7 @@ def fuse(model: MTLLM) -> Fused:
 def unfuse(model: MTLLM, fused: Fused) -> None:
     """Bring back what ``fuse`` moved to the host."""
     if fused.report.released:
-        for module in _released_modules(model):
+        for module in _projections(model):  # whatever has been wrapped around them too
             module.to(fused.device)
 
 
@@ -99,9 +101,9 @@ def is_fresh(model: MTLLM, fused: Fused, thorough: bool) -> bool:
     return len(now) == len(fused.sources) and all(map(_Source.is_same, now, fused.sources))
 
 
-def _released_modules(model: MTLLM) -> list[nn.Linear]:
+def _projections(model: MTLLM) -> list[nn.Module]:
     attn = model.llm2vec.layers[0].self_attn
-    return [base_linear(module) for module in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    return [attn.q_proj, attn.k_proj, attn.v_proj]
 
 
 class _Source(NamedTuple):
@@ -124,8 +126,7 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
     All of them are compared where that is little beside a forward: on a CPU, and once per ``encode``. A bare forward on
     a GPU compares a sample of what is on the host.
     """
-    attn = model.llm2vec.layers[0].self_attn
-    modules = tuple(id(getattr(attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
+    modules = tuple((id(module), *getattr(module, "merged_adapters", ())) for module in _projections(model))
     everything = thorough or model.up_proj.weight.device.type == "cpu"
     found = []
     for t in stack_weights(model).tensors():
@@ -137,12 +138,18 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
 
 
 def _checksum(tensor: Tensor, sample: int | None = None) -> int:
-    """The sum of the memory as integers, as wide as they divide it, or of about ``sample`` of them."""
+    """Of the memory as integers, or of about ``sample`` of them: sums of the rows and columns of a square, weighted by
+    their number, so that moving values about shows too."""
     memory = tensor.detach().contiguous().flatten().view(torch.uint8)
     whole = memory.numel() % 8 == 0 and memory.data_ptr() % 8 == 0
     words = memory.view(torch.int64) if whole else memory
-    step = max(1, words.numel() // sample) if sample else 1
-    return int(words[::step].sum(dtype=torch.int64))
+    if sample:
+        words = words[:: max(1, words.numel() // sample)].contiguous()
+    width = 1 << (words.numel().bit_length() // 2)
+    body = words.numel() // width * width
+    square = words[:body].view(-1, width)
+    sums = torch.cat([square.sum(0, dtype=torch.int64), square.sum(1, dtype=torch.int64), words[body:].to(torch.int64)])
+    return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
 
 
 def _build(model: MTLLM, weights: StackWeights) -> tuple[Composite | None, str, dict[str, tuple[float, float]]]:

@@ -22,7 +22,11 @@ _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
-    return bool(module._forward_pre_hooks or module._forward_hooks) or hasattr(module, "_hf_hook")
+    forward, backward = (
+        (module._forward_pre_hooks, module._forward_hooks),
+        (module._backward_pre_hooks, module._backward_hooks),
+    )
+    return any(forward) or any(backward) or hasattr(module, "_hf_hook")
 
 
 def linear(

@@ -19,7 +19,7 @@ from mtllm_fast.models import encoding, fusing, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_rms_norm, to_packed_layers
-from mtllm_fast.models.stack import differentiates, enter, why_not_fusable
+from mtllm_fast.models.stack import compute_dtype, differentiates, enter, why_not_fusable
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,
     final_norm,
@@ -250,12 +250,12 @@ class MTLLM(MTLLMPreTrainedModel):
     def fuse(self) -> fusing.FuseReport:
         """Absorb the up-projection into the first layer's q, k and v, for inference: 2.8 times fewer FLOPs there at 8B.
 
-        The composite is rebuilt by itself when a weight that it was made from has changed, left unused where gradients
-        are recorded, and dropped when the model is cast, moved or loaded into. Exact in float32. In half precision it
-        is compared with float64 on states of the encoder; a form that errs more than the modules do gives way to the
-        next safer one. On a GPU the replaced q, k and v of the first layer go to the host (they stay parameters and
-        are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU are seen by ``encode``, not by a
-        bare forward; a compiled graph checks nothing: fuse again after editing weights.
+        The composite is rebuilt by itself when a weight that it was made from has changed, and dropped when the model
+        is trained, cast, moved, loaded into, or asked for gradients or another precision (autocast). Exact in float32.
+        In half precision it is compared with float64 on states of the encoder as it is now; a form that errs more than
+        the modules do gives way to the next safer one. On a GPU the replaced q, k and v of the first layer go to the
+        host (they stay parameters and are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU are
+        seen by ``encode``, not by a bare forward; a compiled graph checks nothing: fuse again after editing weights.
 
         Returns:
             FuseReport: the form taken, and the errors that decided.
@@ -281,19 +281,34 @@ class MTLLM(MTLLMPreTrainedModel):
 
     def composite(self, encoded_Td: Tensor) -> Composite | None:
         """The fused stage's weights, never stale; None where the modules must run."""
-        if self._fused is not None and not torch.compiler.is_compiling():
-            if self.training or differentiates(self, encoded_Td):
-                logger.warning("a fused model was asked for gradients: it is unfused; fuse() again for inference")
-                self.unfuse()
-            self.refresh_fused()
+        if self._fused is None:
+            return None
+        composite = self._fused.composite
+        needs = "gradients" if self.training or differentiates(self, encoded_Td) else ""
+        if composite is not None and composite.weight.dtype != compute_dtype(encoded_Td):
+            needs = f"another precision than that of {composite.weight.dtype} weights"  # it was checked in its own
+        if torch.compiler.is_compiling():
+            return None if needs else composite
+        if needs:
+            logger.warning("a fused model was asked for %s: it is unfused; fuse() again for inference", needs)
+            self.unfuse()
+        self.refresh_fused()
         return None if self._fused is None else self._fused.composite
 
     def refresh_fused(self, thorough: bool = False) -> None:
         """Fuse again if a weight of the stage has changed; ``thorough`` waits for the device to compare its memory."""
         if self._fused is not None and not fusing.is_fresh(self, self._fused, thorough):
             self.unfuse()
-            if why_not_fusable(self) is None:
+            reason = why_not_fusable(self)
+            if reason is None:
                 self.fuse()
+            else:
+                logger.warning("a fused model is unfused: %s", reason)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.unfuse()

@@ -19,7 +19,7 @@ from mtllm_fast.models.layers import is_rms_norm
 from mtllm_fast.models.linear import is_hooked
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
-from mtllm_fast.ops.stack_projection.composite import break_even_tokens, products_of
+from mtllm_fast.ops.stack_projection.composite import break_even_tokens, building_cost, splits
 from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm
 from mtllm_fast.packing import PackedLayout
 
@@ -45,7 +45,7 @@ def enter(model: MTLLM, encoded_Td: Tensor, layout: PackedLayout) -> Entry:
     if composite is None and not _absorbs_live_weights(model, encoded_Td):
         return Entry(model.up_proj(encoded_Td))
     attn, norm = model.llm2vec.layers[0].self_attn, model.llm2vec.layers[0].input_layernorm
-    rope = rope_tables(model.llm2vec, encoded_Td.to(_compute_dtype(encoded_Td)), layout.position_ids)
+    rope = rope_tables(model.llm2vec, encoded_Td.to(compute_dtype(encoded_Td)), layout.position_ids)
     x, q, k, v = stack_projection(encoded_Td, stack_weights(model), *rope, composite=composite, form="absorbed")
     deltas = _lora_deltas((attn.q_proj, attn.k_proj, attn.v_proj), norm, x)
     if deltas is not None:
@@ -77,7 +77,7 @@ def why_not_fusable(model: MTLLM) -> str | None:
     layer = model.llm2vec.layers[0]
     attn = layer.self_attn
     norms = [layer.input_layernorm] + [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
-    if hasattr(layer, "_hf_hook") or not all(map(is_rms_norm, norms)):
+    if is_hooked(layer) or not all(map(is_rms_norm, norms)):
         return "something has hooked into the first layer, or its norms are not the family's own"
     linears = {"up_proj": model.up_proj} | {name: getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj")}
     for name, module in linears.items():
@@ -126,7 +126,14 @@ def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:
     if not model.training or why_not_fusable(model) is not None:
         return False
     weights = stack_weights(model)
-    enough = break_even_tokens(weights.up.shape[1], weights.up.shape[0], products_of(weights.q))
+    # A layer that is checkpointed with re-entrance differentiates what it is given a second time. And how a compiled
+    # graph multiplies halves into float32 on a GPU is not known to be fast.
+    layer = model.llm2vec.layers[0]
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+    if (reentrant and layer.gradient_checkpointing) or (torch.compiler.is_compiling() and splits(weights.q)):
+        return False
+    enough = break_even_tokens(weights.up.shape[1], weights.up.shape[0], building_cost(weights.q))
     return encoded_Td.shape[0] >= enough and differentiates(model, encoded_Td)
 
 
@@ -139,7 +146,8 @@ def differentiates(model: MTLLM, encoded_Td: Tensor) -> bool:
     return needs_grad(encoded_Td, *(parameter for module in modules for parameter in module.parameters()))
 
 
-def _compute_dtype(states: Tensor) -> torch.dtype:
+def compute_dtype(states: Tensor) -> torch.dtype:
+    """Of the stage's products: autocast's where it is on."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 

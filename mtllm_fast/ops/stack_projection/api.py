@@ -17,8 +17,8 @@ from mtllm_fast.ops.stack_projection.composite import (
     StackWeights,
     absorb,
     break_even_tokens,
+    building_cost,
     interleave,
-    products_of,
     wide_dtype,
 )
 from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm, specification
@@ -70,8 +70,8 @@ def stack_projection(
         composite: weights absorbed before, for inference (``absorb(weights).rounded(...)``). None: from the live
             weights, on every call.
         form: ``"absorbed"``, ``"unabsorbed"``, or ``"auto"``: absorbed with a composite, and without one from
-            ``D d / (D - d)`` tokens on (1365 at d=1024, D=4096; twice that in half precision on a GPU, where it is
-            built of more than one product), where building it pays.
+            ``2 D d / (D - d)`` tokens on (2731 at d=1024, D=4096; half as many again in half precision on a GPU), where
+            building it pays.
         backend: of the absorbed form: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``. The unabsorbed form is
             plain torch.
 
@@ -154,7 +154,7 @@ def _absorbs(e: Tensor, weights: StackWeights, composite: Composite | None, form
 
 
 def _break_even(weights: StackWeights) -> float:
-    return break_even_tokens(weights.up.shape[1], weights.up.shape[0], products_of(weights.q))
+    return break_even_tokens(weights.up.shape[1], weights.up.shape[0], building_cost(weights.q))
 
 
 def _autocast(e: Tensor, weights: StackWeights) -> tuple[Tensor, StackWeights]:
@@ -218,4 +218,12 @@ def _check(
             raise ValueError(f"{_OP}: form='unabsorbed' takes no composite")
         rows = w.q.shape[0] + w.k.shape[0] + w.v.shape[0]
         check_shape(_OP, "composite.weight", composite.weight, (rows, e.shape[1]))
+        check_shape(_OP, "composite.bias", composite.bias, (rows,))
+        check_dtype(_OP, "composite.bias", composite.bias, (wide_dtype(composite.bias.dtype),))
+        if composite.residual is not None:
+            check_shape(_OP, "composite.residual", composite.residual, (rows, e.shape[1]))
+            check_dtype(_OP, "composite.residual", composite.residual, (composite.weight.dtype,))
+        if composite.qkv_bias is not None:
+            check_shape(_OP, "composite.qkv_bias", composite.qkv_bias, (rows,))
+            check_dtype(_OP, "composite.qkv_bias", composite.qkv_bias, (wide_dtype(composite.qkv_bias.dtype),))
         check_same_device(_OP, encoder_states=e, **{"composite.weight": composite.weight})

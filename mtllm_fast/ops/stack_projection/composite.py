@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW_TOKENS = 64  # up to here the CUDA kernel reads each weight once per 32 tokens; beyond, products are bound by FLOPs
+
 
 @dataclass(frozen=True)
 class StackWeights:
@@ -148,7 +150,7 @@ def absorb(weights: StackWeights) -> Composite:
         up, gain = w.up.to(wide), w.norm.to(wide)
         scaled = [interleave(part.to(wide), w.head_dim) * gain for part in (w.q, w.k, w.v)]
         # In float32 a GPU would take many times as long as all that absorbing saves.
-        product = SplitProduct.apply if _splits(w.q) else torch.matmul
+        product = SplitProduct.apply if splits(w.q) else torch.matmul
         weight = torch.cat([product(part, up) for part in scaled])
         if w.up_bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -169,22 +171,27 @@ def _joined_bias(w: StackWeights, dtype: torch.dtype) -> Tensor | None:
     return torch.cat([interleave(part, w.head_dim) for part in parts])
 
 
-def break_even_tokens(d: int, D: int, products: float = 1.0) -> float:
+def break_even_tokens(d: int, D: int, cost: float = 1.0) -> float:
     """Tokens per step from which building the composite pays: its 2 N D d FLOPs against 2 N (D - d) saved per token.
 
-    The same number holds for the backward. ``products``: what the building costs, in products of the token's precision
-    (``products_of``). Infinite where the projection does not widen.
+    The same number holds for the backward. ``cost``: of the building, relative to a product at the tokens' speed
+    (``building_cost``). Infinite where the projection does not widen.
 
     >>> round(break_even_tokens(1024, 4096))
     1365
     """
-    return products * D * d / (D - d) if d < D else float("inf")
+    return cost * D * d / (D - d) if d < D else float("inf")
 
 
-def products_of(weight: Tensor) -> float:
-    """How many products of its precision building and differentiating a composite take per direction."""
-    return 2.0 if _splits(weight) else 1.0  # three forward and one backward
+def building_cost(weight: Tensor) -> float:
+    """What building a composite and differentiating it cost, relative to one product per direction.
+
+    On a CPU about 2, measured: casts, the scaling by γ and the copies around the product. On a GPU in half precision
+    three products forward and one backward, and the same around them: 3, not yet measured.
+    """
+    return 3.0 if splits(weight) else 2.0
 
 
-def _splits(weight: Tensor) -> bool:
+def splits(weight: Tensor) -> bool:
+    """Whether a composite of such weights is built of several half-precision products."""
     return weight.is_cuda and weight.dtype.itemsize == 2

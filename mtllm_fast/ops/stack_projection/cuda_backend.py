@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from mtllm_fast.core import native
 from mtllm_fast.core.aot import CudaCase
 from mtllm_fast.core.devices import guard
-from mtllm_fast.ops.stack_projection.composite import wide_mm
+from mtllm_fast.ops.stack_projection.composite import FEW_TOKENS, wide_mm
 
-FEW_TOKENS = 64
 _TILE = 32  # kRows: columns of x per sum of squares
 
 LINT_CASES = (
@@ -111,7 +110,7 @@ def _rope_tables(
     cos: Tensor | None, sin: Tensor | None, position_ids: Tensor | None, like: Tensor
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The tables as the kernels read them, and the tensors that must live until the launch."""
-    cos, sin = (_readable(None if table is None else table.contiguous(), like) for table in (cos, sin))
+    cos, sin = (_readable(table, like) for table in (cos, sin))
     stride = 0 if cos is None else cos.stride(0)
     wide = cos is not None and cos.dtype == torch.float32
     tables = native.extension().rope_tables(_address(cos), _address(sin), stride, wide, _address(position_ids))

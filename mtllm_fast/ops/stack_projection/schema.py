@@ -18,9 +18,7 @@ from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import differentiable_once, savable, watched
-from mtllm_fast.ops.stack_projection.composite import Composite, wide_dtype, wide_mm
-
-FEW_TOKENS = 64  # up to here the CUDA kernel reads each weight once, whatever the number of tokens
+from mtllm_fast.ops.stack_projection.composite import FEW_TOKENS, Composite, wide_dtype, wide_mm
 
 
 def _why_not_kernels(states: Tensor, head_dim: int) -> str | None:
@@ -76,9 +74,11 @@ def launch_forward(
     """(x [T, D], qkv [T, N], rstd [T]). A composite wider than the states is rounded here, corrected for their mean."""
     e = encoder_states.contiguous()
     if weight.dtype != e.dtype:
-        mean = e.mean(0, dtype=wide_dtype(e.dtype)) if e.shape[0] else e.new_zeros(e.shape[1], dtype=weight.dtype)
+        # No tokens, or one that is not finite: columns without a mean go uncorrected.
+        mean = e.mean(0, dtype=wide_dtype(e.dtype)).nan_to_num(0.0, 0.0, 0.0)
         composite = Composite(weight, bias).rounded(e.dtype, mean)
         weight, bias = composite.weight, composite.bias
+    cos, sin, position_ids = (None if t is None else t.contiguous() for t in (cos, sin, position_ids))
     module = _backend(backend, e, up_weight.shape[0], head_norms, head_dim)
     return module.forward(
         e, up_weight.contiguous(), up_bias, weight.contiguous(), residual, bias, qkv_bias, head_norms,
@@ -91,6 +91,7 @@ def launch_backward(
     cos: Tensor | None, sin: Tensor | None, position_ids: Tensor | None, num_rotated: int, head_dim: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(grad_hidden [T, D], grad_raw [T, N]); what is left are matrix products."""
+    cos, sin, position_ids = (None if t is None else t.contiguous() for t in (cos, sin, position_ids))
     module = _backend(backend, x, x.shape[1], None, head_dim)
     return module.backward(
         grad_x.contiguous(),
