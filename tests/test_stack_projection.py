@@ -419,7 +419,7 @@ E, COS, SIN = torch.ones(5, 8), torch.ones(5, 4), torch.zeros(5, 4)
         ((E, W, COS, SIN), {"position_ids": torch.arange(5).int()}, TypeError, "position_ids must be int64, got int32"),
         ((E, W, COS, SIN), {"composite": Composite(E, E)}, ValueError, r"composite.weight must be \[16, 8\]"),
         ((E, W, COS, SIN), {"composite": replace(absorb(W), bias=E[0])}, ValueError, r"composite.bias must be \[16\]"),
-        ((E, W, COS, SIN), {"composite": replace(absorb(W), bias=E.half()[0].repeat(2))}, TypeError, "bias must be float"),
+        ((E, W, COS, SIN), {"composite": replace(absorb(W), bias=E.half()[0].repeat(2))}, TypeError, "bias must"),
         ((E, W, COS, SIN), {"composite": absorb(W), "form": "unabsorbed"}, ValueError, "takes no composite"),
         ((E, W, COS, SIN), {"form": "absorbed", "backend": "tpu"}, ValueError, "there is no backend 'tpu'"),
     ],
