@@ -133,18 +133,18 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
         version = None if t.is_inference() else t._version
         identity = (modules, id(t), t.data_ptr(), version, t.dtype, t.device, tuple(t.shape))
         on_host = t.device.type == "cpu"
-        found.append(_Source(identity, _checksum(t, 4096) if on_host else None, _checksum(t) if everything else None))
+        found.append(_Source(identity, _checksum(t, 512) if on_host else None, _checksum(t) if everything else None))
     return tuple(found)
 
 
 def _checksum(tensor: Tensor, sample: int | None = None) -> int:
-    """Of the memory as integers, or of about ``sample`` of them: sums of the rows and columns of a square, weighted by
-    their number, so that moving values about shows too."""
+    """Of the memory as integers: sums of the rows and columns of a square, weighted by their number, so that moving
+    values about shows too; or the plain sum of about ``sample`` of them."""
     memory = tensor.detach().contiguous().flatten().view(torch.uint8)
     whole = memory.numel() % 8 == 0 and memory.data_ptr() % 8 == 0
     words = memory.view(torch.int64) if whole else memory
     if sample:
-        words = words[:: max(1, words.numel() // sample)].contiguous()
+        return int(words[:: max(1, words.numel() // sample)].sum(dtype=torch.int64))
     width = 1 << (words.numel().bit_length() // 2)
     body = words.numel() // width * width
     square = words[:body].view(-1, width)
