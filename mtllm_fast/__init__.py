@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
+    from mtllm_fast.text.alignment import SpanAlignment as SpanAlignment
+    from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
 
 __version__ = "0.1.0"
@@ -35,6 +37,8 @@ _HOME = {
     "MTLLMForMultipleChoice": "mtllm_fast.models",
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
+    "SpanAlignment": "mtllm_fast.text.alignment",
+    "align_spans": "mtllm_fast.text.alignment",
     "explain": "mtllm_fast.ops",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",

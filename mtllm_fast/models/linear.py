@@ -22,11 +22,8 @@ _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
-    forward, backward = (
-        (module._forward_pre_hooks, module._forward_hooks),
-        (module._backward_pre_hooks, module._backward_hooks),
-    )
-    return any(forward) or any(backward) or hasattr(module, "_hf_hook")
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "_hf_hook" in module.__dict__
 
 
 def linear(
@@ -39,9 +36,9 @@ def linear(
 ) -> Tensor:
     """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``."""
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
-    if type(activation) is nn.ReLU and not needs_grad(x, *module.parameters()):
-        return linear(module, x).relu_()
     kind = None if activation is None else type(activation)
+    if kind is nn.ReLU and _onednn_serves(module, x):
+        return onednn.linear(x, module.weight, module.bias).relu_()  # oneDNN's own makes 0 of NaN
     if kind in _ONEDNN_ACTIVATIONS and _onednn_serves(module, x):
         name = _ONEDNN_ACTIVATIONS[kind]
         return onednn.linear(x, module.weight, module.bias, activation=name, times=times, plus=plus)
