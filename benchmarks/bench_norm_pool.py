@@ -154,4 +154,4 @@ def test_norm_pool(benchmark: Any, direction: str, tokens: int, length: int, pee
     moved_bytes, flops = least_work(problem, direction)
     case = f"T={tokens} L={length} D={WIDTH} {'bf16' if ON_GPU else 'fp32'} {direction}"
     call = runner(implementation(peer, problem), problem, direction)
-    measure(benchmark, Call(OP, peer, case, call, moved_bytes, flops, truth, allowed))
+    measure(benchmark, Call(OP, peer, case, call, moved_bytes, flops, truth, allowed, DTYPE))

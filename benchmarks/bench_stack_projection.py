@@ -161,7 +161,7 @@ def test_stack_projection(benchmark: Any, direction: str, dtype: torch.dtype, to
     call = runner(implementation(peer, inputs, direction), inputs, direction)
     case = f"T={tokens} {str(dtype).removeprefix('torch.')} {direction}"
     moved, flops = least_work(tokens, dtype.itemsize, direction)
-    measure(benchmark, Call(OP, peer, case, call, moved, flops, truth, allowed))
+    measure(benchmark, Call(OP, peer, case, call, moved, flops, truth, allowed, dtype))
 
 
 VARIANTS: dict[str, Callable[..., Any]] = {

@@ -137,4 +137,4 @@ def test_varlen_attention(
     moved_bytes, flops = least_work(problem, direction)
     case = f"B={sentences} L={shortest}-{longest} H={HEADS}/{KV_HEADS} hd={HEAD_DIM} {direction}"
     call = runner(implementation(peer, problem), problem, direction)
-    measure(benchmark, Call(OP, peer, case, call, moved_bytes, flops, truth, allowed))
+    measure(benchmark, Call(OP, peer, case, call, moved_bytes, flops, truth, allowed, DTYPE))

@@ -9,7 +9,8 @@ It has one parametrised test that hands a ``Call`` to ``measure`` for each *peer
 ``torch.compile`` of the reference, other libraries) and a function ``why_not(peer)`` that says why a peer cannot run
 here; such tests are deselected and the reason is printed. On a GPU a call is timed by CUDA events after a write that
 evicts the L2 cache; on a CPU by the wall clock. GB/s counts the bytes that the op must move at least (each input read
-once, each output written once), against the bandwidth that a large copy reaches on the same device.
+once, each output written once). The floor of a call is the longer of these bytes at the bandwidth that a large copy
+reaches on the same device and its FLOPs at the speed of a large matrix product in its dtype.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mtllm_fast.bench.gate import relative_error
+from mtllm_fast.bench.measure import gemm_ceiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -52,6 +54,7 @@ class Call:
     flops: int
     truth: tuple[Tensor, ...]
     allowed_error: tuple[float, ...]
+    dtype: torch.dtype
 
 
 class EventTime:
@@ -95,6 +98,17 @@ def copy_bandwidth() -> float:
     return 2 * elements / min(seconds)
 
 
+@functools.cache
+def product_speed(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the ceiling of every compute-bound op."""
+    return gemm_ceiling(DEVICE, dtype)
+
+
+def floor_seconds(call: Call) -> float:
+    """No implementation of the op can be faster than this on the device."""
+    return max(call.moved_bytes / copy_bandwidth(), call.flops / product_speed(call.dtype))
+
+
 def check(call: Call) -> float:
     """Run the call once; its largest relative error.
 
@@ -133,6 +147,7 @@ def measure(benchmark: Any, call: Call) -> None:
         "gb_per_s": call.moved_bytes / seconds / 1e9,
         "copy_gb_per_s": copy_bandwidth() / 1e9,
         "of_copy_bandwidth": call.moved_bytes / seconds / copy_bandwidth(),
+        "of_floor": floor_seconds(call) / seconds,
         "gflop_per_s": call.flops / seconds / 1e9,
         "moved_bytes": call.moved_bytes,
         "flops": call.flops,
@@ -151,7 +166,7 @@ def results_table() -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("op, case, peer", no_wrap=True)
-    for heading in ("median us", "GB/s", "of copy", "x ref"):
+    for heading in ("median us", "GB/s", "TFLOP/s", "of floor", "x ref"):
         table.add_column(heading, justify="right", no_wrap=True)
     reference = {(row["op"], row["case"]): row["median_us"] for row in ROWS if row["peer"] == "reference"}
     previous = None
@@ -164,7 +179,8 @@ def results_table() -> Table:
             f"  {row['peer']}",
             f"{row['median_us']:,.1f}",
             f"{row['gb_per_s']:,.1f}",
-            f"{row['of_copy_bandwidth']:.0%}",
+            f"{row['gflop_per_s'] / 1e3:,.2f}",
+            f"{row['of_floor']:.0%}",
             speedup,
         )
         previous = key
