@@ -49,3 +49,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def device() -> torch.device:
     """Where kernels run: the GPU if there is one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def absorbed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Absorb the first stage from the first token on; for each call that did, whether it had a composite."""
+    from mtllm_fast.models import stack
+
+    calls = []
+    projection = stack.stack_projection
+
+    def counted(*args, **options):
+        calls.append(options["composite"] is not None)
+        return projection(*args, **options)
+
+    monkeypatch.setattr(stack, "break_even_tokens", lambda *sizes: 0)
+    monkeypatch.setattr(stack, "stack_projection", counted)
+    return calls

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import peft
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from mtllm_fast import MTLLM
+from mtllm_fast.testing.tolerance import relative_error
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,3 +67,35 @@ def batch(lengths: tuple[int, ...] = (9, 4, 6), left: tuple[int, ...] = (2,)) ->
     for row, length in enumerate(lengths):
         mask[row, width - length if row in left else 0 :][:length] = 1
     return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+# The published regex.
+LORA = r".*llm2vec.*(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj).*"
+
+
+def with_lora(model: nn.Module, dropout: float = 0.0, **options) -> nn.Module:
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=LORA, lora_dropout=dropout, **options)
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide mistakes
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(6)  # of the dropout
+    out = model(**batch()).pooler_output
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(one, other, tolerance: float) -> None:
+    """Outputs and gradients; a gradient that is zero in exact numbers (a key's bias) is compared with the largest."""
+    assert relative_error(one[0], other[0]) < tolerance
+    assert one[1].keys() == other[1].keys()
+    largest = max(grad.norm() for grad in other[1].values())
+    for name, grad in other[1].items():
+        assert (one[1][name] - grad).norm() <= 20 * tolerance * (grad.norm() + 1e-3 * largest), name
