@@ -50,8 +50,8 @@ def _fresh_compiler() -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for what, reason in NOT_RUN.items():
         terminalreporter.write_line(f"not run: {what}: {reason}")
-    if harness.ROWS:
-        console = Console(width=max(Console().width, 100))
+    console = Console(width=max(Console().width, 100))
+    for table in [*harness.TABLES, *([harness.results_table()] if harness.ROWS else [])]:
         with console.capture() as capture:
-            console.print(harness.results_table())
+            console.print(table)
         terminalreporter.write_line(capture.get())

@@ -36,6 +36,8 @@ WARMUP_ROUNDS = 5 if ON_GPU else 2
 SECONDS = 120.0 if ON_GPU else 4.0  # per measurement, roughly; a GPU's first call compiles
 ROWS: list[dict[str, Any]] = []
 """Everything measured in this session; ``conftest.py`` prints it as a table."""
+TABLES: list[Table] = []
+"""Tables of benchmarks whose work is not counted in bytes and FLOPs; printed as they are."""
 
 
 @dataclass(frozen=True)

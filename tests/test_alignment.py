@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import DATA
 from safetensors.torch import load_file
 from torch import Tensor
@@ -145,3 +149,82 @@ def test_bad_input_is_named():
 def test_it_moves_as_one():
     found = SpanAlignment(*(torch.arange(3) for _ in range(4)))
     assert found.to("meta").encoder_offsets.is_meta
+
+
+@dataclass
+class Tokens:
+    """What ``align_spans`` reads of a ``tokenizers.Encoding``."""
+
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+    attention_mask: list[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+@st.composite
+def segmentations(draw, position: int, end: int) -> Tokens:
+    """Characters of a text cut into tokens and words at random: with characters of several tokens, characters that are
+    dropped, tokens without characters, special tokens and padding."""
+    some = st.integers(0, 2)
+    tokens: list[tuple[int, int, int | None]] = [(0, 0, None)] * draw(some)
+    word = 0
+    while position < end:
+        kind = draw(st.sampled_from(["token", "token", "token", "bytes", "dropped", "empty", "special"]))
+        stop = min(end, position + (draw(st.integers(1, 4)) if kind == "token" else 1))
+        if kind in ("token", "bytes"):
+            tokens += [(position, stop, word)] * (1 if kind == "token" else draw(st.integers(2, 4)))
+        if kind == "empty":
+            tokens.append((position, position, word))
+        elif kind == "special":
+            tokens.append((0, 0, None))
+        else:
+            position = stop
+        word += draw(st.booleans())
+    tokens += [(0, 0, None)] * draw(some)
+    front, behind = draw(st.sampled_from([(0, 0), (0, 3), (3, 0)]))
+    padded = [(0, 0, None)] * front + tokens + [(0, 0, None)] * behind
+    return Tokens(
+        [(start, stop) for start, stop, _ in padded],
+        [word for _, _, word in padded],
+        [0] * front + [1] * len(tokens) + [0] * behind,
+    )
+
+
+def slow_spans(llm: Tokens, encoder: Tokens, overlap: bool, complete: bool) -> list[tuple[list[int], list[int]]]:
+    """Word by word, token by token, as ``align_spans`` documents it."""
+
+    def span(tokens: Tokens, start: int, stop: int) -> list[int]:
+        real = [pair for pair, is_real in zip(tokens.offsets, tokens.attention_mask, strict=True) if is_real]
+        if complete:
+            ends = [i for i, (a, b) in enumerate(real) if set(range(a, b)) & set(range(start, stop))]
+        else:
+            first, last = ([i for i, (a, b) in enumerate(real) if a <= c < b][:1] for c in (start, stop - 1))
+            ends = first + last if any(first) and any(last) else []
+        return list(range(ends[0], ends[-1] + 1)) if ends else []
+
+    spans = []
+    for word in sorted({*llm.word_ids} - {None}):
+        of_word = [pair for pair, w in zip(llm.offsets, llm.word_ids, strict=True) if w == word]
+        start, stop = of_word[0][0], of_word[-1][1]
+        pair = span(llm, start, stop), span(encoder, start, stop)
+        if start < stop and all(pair) and (not overlap or (len(pair[0]), len(pair[1])) == (1, 1)):
+            spans.append(pair)
+    return spans
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(
+    st.data(), st.lists(st.integers(0, 12), max_size=4), st.sampled_from([0, 250, 65_530]), st.booleans(), st.booleans()
+)
+def test_any_segmentation(data, texts, begin, overlap, complete):
+    """From ``begin`` on, so that places need one, two and three bytes."""
+    llm, encoder = ([data.draw(segmentations(begin, begin + n)) for n in texts] for _ in range(2))
+    found = both(
+        SimpleNamespace(encodings=llm), SimpleNamespace(encodings=encoder),
+        only_overlapping_tokens=overlap, complete=complete,
+    )  # fmt: skip
+    for i, pair in enumerate(zip(llm, encoder, strict=True)):
+        expected = slow_spans(*pair, overlap, complete)
+        assert list(zip(found[0][i], found[1][i], strict=True)) == expected
