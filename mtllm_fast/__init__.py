@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
     from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
     from mtllm_fast.ops import explain as explain
+    from mtllm_fast.ops.distillation_loss import DistillationLoss as DistillationLoss
+    from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
@@ -37,8 +39,10 @@ _HOME = {
     "MTLLMForMultipleChoice": "mtllm_fast.models",
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
+    "DistillationLoss": "mtllm_fast.ops.distillation_loss",
     "SpanAlignment": "mtllm_fast.text.alignment",
     "align_spans": "mtllm_fast.text.alignment",
+    "distillation_loss": "mtllm_fast.ops.distillation_loss",
     "explain": "mtllm_fast.ops",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",

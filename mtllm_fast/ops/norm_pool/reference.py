@@ -3,58 +3,97 @@
     pooled[b] = weight ⊙ Σ_t r_t x̂_t        x̂_t = h_t · rsqrt(mean(h_t²) + eps)
 
 over all tokens t of sentence b, with r_t = 1/L_b for mean, and 1 for the first (cls) or last (eos) token and 0 for the
-others. Computed in float32 (float64 for float64 inputs), rounded once at the end.
+others. Computed in float32 (float64 for float64 inputs), rounded once at the end. Half precision is widened and
+gradients are made block by block of rows, in a core's cache: there is no ``[T, D]`` temporary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+BLOCK_ELEMENTS = 2**18  # 1 MB in float32
 
 
 def forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(pooled [B, D], Σ_t r_t x̂_t [B, D])"""
-    x = _wide(hidden_states)
-    _, r = _sentences(cu_seqlens, x, pooling)
-    tokens = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    # A weighted sum of rows per bag, without a [T, D] temporary; the last bag is the tail that belongs to no sentence.
-    bags = F.embedding_bag(tokens, x, cu_seqlens, mode="sum", per_sample_weights=r * _rstd(x, eps))
-    normed_mean = bags[:-1]
-    return (weight.to(x.dtype) * normed_mean).to(hidden_states.dtype), normed_mean if save else None
+    normed_mean = pool(hidden_states, cu_seqlens, eps, pooling)
+    return (weight.to(normed_mean.dtype) * normed_mean).to(hidden_states.dtype), normed_mean if save else None
+
+
+def pool(hidden_states: Tensor, cu_seqlens: Tensor, eps: float | None, pooling: str = "mean") -> Tensor:
+    """Σ_t r_t x̂_t, or Σ_t r_t h_t for states that are normed already (eps is None); [B, D] in the wide dtype."""
+    dtype = wide(hidden_states.dtype)
+    sentence, r = _sentences(cu_seqlens, hidden_states.shape[0], dtype, pooling)
+    if hidden_states.dtype == dtype:
+        tokens = torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
+        r = r if eps is None else r * rstd_of(hidden_states, eps)
+        # A weighted sum of rows per bag; the last bag is the tail that belongs to no sentence.
+        return F.embedding_bag(tokens, hidden_states, cu_seqlens, mode="sum", per_sample_weights=r)[:-1]
+    bags = r.new_zeros(cu_seqlens.shape[0], hidden_states.shape[1])
+    for start, stop in row_blocks(hidden_states):
+        rows = hidden_states[start:stop].to(dtype)
+        share = r[start:stop] if eps is None else r[start:stop] * rstd_of(rows, eps)
+        first, last = int(sentence[start]), int(sentence[stop - 1])
+        offsets = (cu_seqlens[first : last + 1] - start).clamp(min=0)
+        tokens = torch.arange(stop - start, dtype=torch.int32, device=rows.device)
+        bags[first : last + 1] += F.embedding_bag(tokens, rows, offsets, mode="sum", per_sample_weights=share)
+    return bags[:-1]
 
 
 def backward(
     grad_pooled: Tensor, hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str
 ) -> Tensor:
     """dh_t = r_t rstd_t (g − x̂_t mean(g ⊙ x̂_t)) with g = weight ⊙ grad_pooled[b]; [T, D]"""
-    x = _wide(hidden_states)
-    sentence, r = _sentences(cu_seqlens, x, pooling)
-    rstd = _rstd(x, eps)[:, None]
-    normed = x * rstd
-    g = F.pad(weight.to(x.dtype) * grad_pooled, (0, 0, 0, 1))[sentence]  # the tail's gradient is zero
-    grad = r[:, None] * rstd * (g - normed * (g * normed).mean(-1, keepdim=True))
-    return torch.where(r[:, None] > 0, grad, 0).to(hidden_states.dtype)
+    dtype = wide(hidden_states.dtype)
+    sentence, r = _sentences(cu_seqlens, hidden_states.shape[0], dtype, pooling)
+    g = F.pad(weight.to(dtype) * grad_pooled, (0, 0, 0, 1))  # the tail's gradient is zero
+    grad_hidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+    for start, stop in row_blocks(hidden_states):
+        share = r[start:stop, None]
+        # Rows without a share are not read: they may hold anything.
+        rows = torch.where(share > 0, hidden_states[start:stop].to(dtype), 1)
+        grad_hidden[start:stop] = norm_backward_(g[sentence[start:stop]].mul_(share), rows, eps)
+    return grad_hidden
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def norm_backward_(g: Tensor, rows: Tensor, eps: float) -> Tensor:
+    """The gradient of RMSNorm without its gain, [R, D]: rstd (g − x̂ mean(g ⊙ x̂)). Written over ``g``."""
+    rstd = rstd_of(rows, eps)
+    along = torch.linalg.vecdot(g, rows) * rstd.square() / rows.shape[1]
+    return g.addcmul_(rows, along[:, None], value=-1).mul_(rstd[:, None])
 
 
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1] + eps)
+def rstd_of(rows: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
 
 
-def _sentences(cu_seqlens: Tensor, x: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that everything is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(states: Tensor) -> Iterator[tuple[int, int]]:
+    """Where blocks of rows that stay in a core's cache start and stop."""
+    T, D = states.shape
+    rows = max(1, BLOCK_ELEMENTS // max(1, D))
+    for start in range(0, T, rows):
+        yield start, min(start + rows, T)
+
+
+def _sentences(cu_seqlens: Tensor, T: int, dtype: torch.dtype, pooling: str) -> tuple[Tensor, Tensor]:
     """For each token: its sentence (B for the tail after the last one), and its share r_t in the pooled vector."""
-    token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    token = torch.arange(T, dtype=torch.int32, device=cu_seqlens.device)
     sentence = torch.searchsorted(cu_seqlens[1:], token, right=True)
-    ends = F.pad(cu_seqlens, (0, 1), value=x.shape[0])
+    ends = F.pad(cu_seqlens, (0, 1), value=T)
     start, stop = ends[sentence], ends[sentence + 1]
     if pooling == "mean":
-        share = 1 / (stop - start).to(x.dtype)
+        share = 1 / (stop - start).to(dtype)
     else:
-        share = (token == (start if pooling == "cls" else stop - 1)).to(x.dtype)
+        share = (token == (start if pooling == "cls" else stop - 1)).to(dtype)
     return sentence, share * (sentence < cu_seqlens.shape[0] - 1)

@@ -21,7 +21,7 @@ from mtllm_fast.core.dispatch import differentiable_once, savable, watched
 MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
 
 
-def _why_not_kernels(hidden_states: Tensor) -> str | None:
+def why_not_kernels(hidden_states: Tensor) -> str | None:
     if hidden_states.dtype == torch.float64:
         return "its kernels compute in float32 and the states are float64"
     if not 0 < hidden_states.shape[1] <= MAX_WIDTH:
@@ -32,8 +32,8 @@ def _why_not_kernels(hidden_states: Tensor) -> str | None:
 BACKENDS = Backends(
     "norm_pool",
     {
-        "cuda": lambda hidden_states: native.why_not_cuda(hidden_states) or _why_not_kernels(hidden_states),
-        "triton": lambda hidden_states: why_not_triton(hidden_states) or _why_not_kernels(hidden_states),
+        "cuda": lambda hidden_states: native.why_not_cuda(hidden_states) or why_not_kernels(hidden_states),
+        "triton": lambda hidden_states: why_not_triton(hidden_states) or why_not_kernels(hidden_states),
         "reference": lambda hidden_states: None,
     },
 )
