@@ -60,3 +60,26 @@ def counted_work(function: Callable[[], Any]) -> Work:
     with FlopCounterMode(display=False) as flops, counter:
         function()
     return Work(flops.get_total_flops(), counter.launches, counter.bytes)
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that live at once during a call beyond those before it, results included: what torch's allocator
+    gave out, inside of ops too (GPU: its high-water mark; CPU: every allocation, by the profiler).
+
+    >>> peak_bytes(lambda: torch.ones(1024).exp() + 1) // 4096
+    2
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    live = peak = 0
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtllm_fast.ops.distillation_loss.inputs import FIGURES, Forward, Options, Side, Spans, TokenSpans, Vectors
-from mtllm_fast.ops.norm_pool.reference import BLOCK_ELEMENTS, norm_backward_, pool, row_blocks, rstd_of, wide
+from mtllm_fast.ops.norm_pool.reference import (
+    BLOCK_ELEMENTS,
+    norm_backward,
+    pool,
+    row_blocks,
+    rstd_of,
+    sentence_blocks,
+    wide,
+)
 
 
 def forward(student: Side, teacher: Side | Vectors, spans: Spans | None, options: Options) -> Forward:
@@ -31,7 +39,7 @@ def forward(student: Side, teacher: Side | Vectors, spans: Spans | None, options
     pooled, target = (torch.where(present[:, None], vectors, 0) for vectors in (pooled, target))
     sums = _sums(pooled, target, present, options)
     scale = options.sequence_weight / _divisor(sums[-1], options)
-    grad_pooled = scale * _gradient(pooled, target, options)
+    grad_pooled = _gradient(pooled, target, scale * present, options)
 
     figures = pooled.new_zeros(len(FIGURES))
     figures[0] = sums[0] / _divisor(sums[-1], options)
@@ -66,27 +74,24 @@ def backward(
     """
     h, weight, eps, cu_seqlens = student
     dtype = wide(h.dtype)
-    live = int(cu_seqlens[-1])
-    # The tail belongs to no sentence and to no span; it may hold anything.
     grad_hidden = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    grad_hidden[live:] = 0
+    grad_hidden[int(cu_seqlens[-1]) :] = 0  # the tail belongs to no sentence and to no span; it may hold anything
     grad_weight = h.new_zeros(h.shape[1], dtype=dtype) if needs_weight else None
     grad_pooled = saved.grad_pooled * (grad_loss / cu_seqlens.diff().clamp(min=1)[:, None])
-    sentence = torch.searchsorted(cu_seqlens[1:], torch.arange(live, dtype=torch.int32, device=h.device), right=True)
     by_span = None
     if spans is not None and spans_of_tokens is not None:
         by_span = _BySpan(student, teacher, spans), spans_of_tokens, grad_loss * saved.span_scale
-    for start, stop in row_blocks(h[:live]):
-        dy = grad_pooled[sentence[start:stop]]
+    for b, start, stop in sentence_blocks(h, cu_seqlens):
+        dy, out = grad_pooled[b], grad_hidden[start:stop]
         if by_span is not None:
-            dy += _from_spans(*by_span, start, stop, options)
+            dy = _from_spans(*by_span, start, stop, options).add_(dy)
         if weight is None:
-            grad_hidden[start:stop] = dy
+            out.copy_(dy)
             continue
         rows = h[start:stop].to(dtype)
         if grad_weight is not None:
-            grad_weight += torch.einsum("td,td,t->d", dy, rows, rstd_of(rows, eps))
-        grad_hidden[start:stop] = norm_backward_(dy.mul_(weight.to(dtype)), rows, eps)
+            grad_weight += (dy * rows * rstd_of(rows, eps)[:, None]).sum(0)
+        norm_backward(dy * weight.to(dtype), rows, eps, out)
     return grad_hidden, grad_weight
 
 
@@ -103,19 +108,19 @@ def _from_spans(
     which, occurrence = spans[offsets[start] : offsets[stop]].unique(return_inverse=True)
     x, t, there = by_span.vectors(which)
     lengths = by_span.lengths(which)
-    gradient = _gradient(x, t, options).mul_((scale * there / lengths.clamp(min=1))[:, None])
+    gradient = _gradient(x, t, scale * there / lengths.clamp(min=1), options)
     return F.embedding_bag(occurrence, gradient, offsets[start:stop] - offsets[start], mode="sum")
 
 
-def _gradient(x: Tensor, t: Tensor, options: Options) -> Tensor:
-    """The gradient of l(x, t) in x, row by row; [n, D]"""
-    D = x.shape[1]
+def _gradient(x: Tensor, t: Tensor, scale: Tensor, options: Options) -> Tensor:
+    """The gradient of scale · l(x, t) in x, row by row; x, t [n, D], scale [n]"""
+    scale, D = scale[:, None], x.shape[1]
     if options.kind == "mse":
-        return (x - t).mul_(2 / D)
+        return (x - t).mul_(scale * (2 / D))
     if options.kind == "smooth_l1":
-        return (x - t).clamp_(-options.beta, options.beta).div_(options.beta * D)
+        return (x - t).clamp_(-options.beta, options.beta).mul_(scale / (options.beta * D))
     cos, x_norm, t_norm = (value[:, None] for value in _angles(x, t))
-    gradient = (x * (cos / x_norm) - t / t_norm).div_(x_norm)
+    gradient = (x * (cos / x_norm) - t / t_norm).mul_(scale / x_norm)
     return gradient.masked_fill_(x_norm * t_norm == 0, 0)  # a zero vector has no direction
 
 
@@ -186,8 +191,9 @@ class _BySpan:
             assert offsets is not None
             t = _bags(self.teacher, self.teacher_rstd, self.spans.teacher_indices, offsets, which).to(x.dtype)
             there = there & (offsets[which + 1] > offsets[which])
-        absent = ~there[:, None]
-        return x.masked_fill_(absent, 0), t.masked_fill_(absent, 0), there
+        if not bool(there.all()):
+            x, t = (vectors.masked_fill(~there[:, None], 0) for vectors in (x, t))
+        return x, t, there
 
 
 def _rstds(side: Side) -> Tensor | None:

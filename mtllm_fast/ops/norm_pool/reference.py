@@ -51,22 +51,26 @@ def backward(
 ) -> Tensor:
     """dh_t = r_t rstd_t (g − x̂_t mean(g ⊙ x̂_t)) with g = weight ⊙ grad_pooled[b]; [T, D]"""
     dtype = wide(hidden_states.dtype)
-    sentence, r = _sentences(cu_seqlens, hidden_states.shape[0], dtype, pooling)
-    g = F.pad(weight.to(dtype) * grad_pooled, (0, 0, 0, 1))  # the tail's gradient is zero
-    grad_hidden = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
-    for start, stop in row_blocks(hidden_states):
-        share = r[start:stop, None]
-        # Rows without a share are not read: they may hold anything.
-        rows = torch.where(share > 0, hidden_states[start:stop].to(dtype), 1)
-        grad_hidden[start:stop] = norm_backward_(g[sentence[start:stop]].mul_(share), rows, eps)
-    return grad_hidden
+    grad_hidden = torch.zeros_like if pooling != "mean" else torch.empty_like
+    grad = grad_hidden(hidden_states, memory_format=torch.contiguous_format)
+    grad[int(cu_seqlens[-1]) :] = 0  # the tail after the last sentence may hold anything
+    g = weight.to(dtype) * grad_pooled
+    if pooling == "mean":
+        g /= cu_seqlens.diff().clamp(min=1)[:, None]
+    for b, start, stop in sentence_blocks(hidden_states, cu_seqlens, pooling):
+        norm_backward(g[b], hidden_states[start:stop].to(dtype), eps, out=grad[start:stop])
+    return grad
 
 
-def norm_backward_(g: Tensor, rows: Tensor, eps: float) -> Tensor:
-    """The gradient of RMSNorm without its gain, [R, D]: rstd (g − x̂ mean(g ⊙ x̂)). Written over ``g``."""
+def norm_backward(g: Tensor, rows: Tensor, eps: float, out: Tensor) -> None:
+    """The gradient of RMSNorm without its gain, rstd (g − x̂ mean(g ⊙ x̂)), into ``out`` [R, D]; g is [D] or [R, D]."""
     rstd = rstd_of(rows, eps)
-    along = torch.linalg.vecdot(g, rows) * rstd.square() / rows.shape[1]
-    return g.addcmul_(rows, along[:, None], value=-1).mul_(rstd[:, None])
+    along = rows @ g if g.dim() == 1 else torch.linalg.vecdot(g, rows)
+    along = -along * rstd.pow(3) / rows.shape[1]
+    if out.dtype == rows.dtype:
+        torch.mul(g, rstd[:, None], out=out).addcmul_(rows, along[:, None])
+    else:
+        out.copy_((g * rstd[:, None]).addcmul_(rows, along[:, None]))
 
 
 def rstd_of(rows: Tensor, eps: float) -> Tensor:
@@ -84,6 +88,17 @@ def row_blocks(states: Tensor) -> Iterator[tuple[int, int]]:
     rows = max(1, BLOCK_ELEMENTS // max(1, D))
     for start in range(0, T, rows):
         yield start, min(start + rows, T)
+
+
+def sentence_blocks(states: Tensor, cu_seqlens: Tensor, pooling: str = "mean") -> Iterator[tuple[int, int, int]]:
+    """(sentence, start, stop) of such blocks of the rows that a sentence pools."""
+    ends = cu_seqlens.tolist()
+    for b, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+        if pooling == "mean":
+            for start, stop in row_blocks(states[first:last]):
+                yield b, first + start, first + stop
+        elif first < last:
+            yield b, *((first, first + 1) if pooling == "cls" else (last - 1, last))
 
 
 def _sentences(cu_seqlens: Tensor, T: int, dtype: torch.dtype, pooling: str) -> tuple[Tensor, Tensor]:
