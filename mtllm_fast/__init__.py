@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
+    from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
     from mtllm_fast.text.alignment import SpanAlignment as SpanAlignment
     from mtllm_fast.text.alignment import align_spans as align_spans
@@ -47,6 +48,7 @@ _HOME = {
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "stack_projection": "mtllm_fast.ops.stack_projection",
+    "token_kl_loss": "mtllm_fast.ops.token_kl_loss",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",
 }
 __all__ = [*_HOME, "__version__"]

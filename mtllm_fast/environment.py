@@ -66,9 +66,15 @@ def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
     return {"encoder_states": square, "weights": weights, "cos": square, "sin": square, "form": "absorbed"}
 
 
+def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"hidden_states": hidden, "teacher_hidden_states": hidden.flip(0), "weight": hidden.repeat(20, 1)}
+
+
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "norm_pool": _norm_pool,
     "stack_projection": _stack_projection,
+    "token_kl_loss": _token_kl_loss,
     "varlen_attention": _varlen_attention,
 }
 """For each op, the arguments of a small call: every backend that claims to serve it is really run."""
