@@ -2,7 +2,7 @@
 
 Documents of one length, so that the eager peer pools a dense ``[B, L, D]`` view: its best case. Spans are as words have
 them: three in four of one token on both sides, the others of two, none overlapping. Counted beside the times: the bytes
-that live at once beyond the inputs and the gradient (``extra_mib``), and, where no GPU times them, the kernels launched.
+that live at once beyond the inputs and the gradient (``extra_mib``).
 """
 
 from __future__ import annotations

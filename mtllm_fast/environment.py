@@ -52,6 +52,13 @@ def _norm_pool(torch: Any, device: str) -> dict[str, Any]:
     return {"hidden_states": hidden, "weight": hidden[0], "cu_seqlens": cu_seqlens, "eps": 1e-5}
 
 
+def _distillation_loss(torch: Any, device: str) -> dict[str, Any]:
+    side = _norm_pool(torch, device)
+    teacher = {f"teacher_{name}": value for name, value in side.items()}
+    teacher["teacher_states"] = teacher.pop("teacher_hidden_states")
+    return side | teacher
+
+
 def _varlen_attention(torch: Any, device: str) -> dict[str, Any]:
     heads = torch.randn(5, 2, 64, dtype=torch.bfloat16, device=device)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
@@ -72,6 +79,7 @@ def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
 
 
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
+    "distillation_loss": _distillation_loss,
     "norm_pool": _norm_pool,
     "stack_projection": _stack_projection,
     "token_kl_loss": _token_kl_loss,

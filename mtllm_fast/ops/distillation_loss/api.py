@@ -188,3 +188,24 @@ def _check_spans(tensors: Tensors, D: int) -> None:
         check_shape(_OP, name, getattr(tensors, name), shapes[name])
         if name != "teacher_spans":
             check_dtype(_OP, name, getattr(tensors, name), (torch.int64,))
+    _check_values("", tensors.hidden_states, tensors.span_indices, tensors.span_offsets)
+    if tensors.teacher_states is not None:
+        _check_values("teacher_", tensors.teacher_states, tensors.teacher_span_indices, tensors.teacher_span_offsets)
+
+
+def _check_values(side: str, states: Tensor, indices: Tensor | None, offsets: Tensor | None) -> None:
+    """On the host only: on a device it would wait, and a graph cannot."""
+    assert indices is not None
+    assert offsets is not None
+    if indices.device.type != "cpu" or watched(indices, offsets):
+        return
+    outside = indices[(indices < 0) | (indices >= states.shape[0])]
+    if len(outside):
+        raise ValueError(
+            f"{_OP}: {side}span_indices holds {int(outside[0])}; there are {states.shape[0]} packed tokens"
+        )
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(indices) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"{_OP}: {side}span_offsets must rise from 0 to the number of indices, {len(indices)}; "
+            f"it runs from {int(offsets[0])} to {int(offsets[-1])}"
+        )

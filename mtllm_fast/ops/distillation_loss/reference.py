@@ -128,7 +128,9 @@ def _angles(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(cosine, 0 with a zero vector; |x|; |t|), row by row."""
     x_norm, t_norm = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(t, dim=1)
     product = x_norm * t_norm
-    return torch.where(product == 0, 0, torch.linalg.vecdot(x, t) / product), x_norm, t_norm
+    with torch.autocast(x.device.type, enabled=False):  # it would round the products
+        cos = torch.linalg.vecdot(x, t) / product
+    return cos.masked_fill_(product == 0, 0), x_norm, t_norm
 
 
 def _sums(x: Tensor, t: Tensor, there: Tensor, options: Options) -> Tensor:
@@ -141,7 +143,7 @@ def _sums(x: Tensor, t: Tensor, there: Tensor, options: Options) -> Tensor:
     else:
         losses = 1 - cos
     count = there.to(x.dtype)
-    return torch.stack((losses @ count, cos @ count, (x_norm - t_norm) @ count, count.sum()))
+    return torch.stack(((losses * count).sum(), (cos * count).sum(), ((x_norm - t_norm) * count).sum(), count.sum()))
 
 
 def _divisor(count: Tensor, options: Options) -> Tensor:

@@ -9,6 +9,7 @@ gradients are made block by block of rows, in a core's cache: there is no ``[T, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -65,7 +66,8 @@ def backward(
 def norm_backward(g: Tensor, rows: Tensor, eps: float, out: Tensor) -> None:
     """The gradient of RMSNorm without its gain, rstd (g − x̂ mean(g ⊙ x̂)), into ``out`` [R, D]; g is [D] or [R, D]."""
     rstd = rstd_of(rows, eps)
-    along = rows @ g if g.dim() == 1 else torch.linalg.vecdot(g, rows)
+    with torch.autocast(rows.device.type, enabled=False):  # it would round the products
+        along = rows @ g if g.dim() == 1 else torch.linalg.vecdot(g, rows)
     along = -along * rstd.pow(3) / rows.shape[1]
     if out.dtype == rows.dtype:
         torch.mul(g, rstd[:, None], out=out).addcmul_(rows, along[:, None])
@@ -93,7 +95,7 @@ def row_blocks(states: Tensor) -> Iterator[tuple[int, int]]:
 def sentence_blocks(states: Tensor, cu_seqlens: Tensor, pooling: str = "mean") -> Iterator[tuple[int, int, int]]:
     """(sentence, start, stop) of such blocks of the rows that a sentence pools."""
     ends = cu_seqlens.tolist()
-    for b, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+    for b, (first, last) in enumerate(itertools.pairwise(ends)):
         if pooling == "mean":
             for start, stop in row_blocks(states[first:last]):
                 yield b, first + start, first + stop
