@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from mtllm_fast.text.alignment import SpanAlignment as SpanAlignment
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
+    from mtllm_fast.training.collator import DataCollatorForSelfDistillation as DataCollatorForSelfDistillation
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DataCollatorForSelfDistillation": "mtllm_fast.training.collator",
     "MTLLM": "mtllm_fast.models",
     "MTLLMConfig": "mtllm_fast.configuration",
     "MTLLMForMultipleChoice": "mtllm_fast.models",

@@ -18,6 +18,7 @@ LEVELS = [
     {"configuration", "packing", "tables", "testing"},
     {"shards"},
     {"models"},
+    {"training"},
     {"environment"},
     {"bench"},
     {"cli"},

@@ -43,6 +43,10 @@ class SpanAlignment:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanAlignment:
         return SpanAlignment(**{name: t.to(device, non_blocking=non_blocking) for name, t in vars(self).items()})
 
+    def pin_memory(self) -> SpanAlignment:
+        """In page-locked memory, whose copy to a GPU nobody waits for; what ``DataLoader(pin_memory=True)`` calls."""
+        return SpanAlignment(**{name: t.pin_memory() for name, t in vars(self).items()})
+
 
 def align_spans(
     llm_batch: BatchEncoding,

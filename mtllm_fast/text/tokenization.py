@@ -189,9 +189,7 @@ def tokenize(
     try:
         rows = [encoding.ids for encoding in backend.rust.encode_batch_fast(list(texts), add_special_tokens=False)]
     except TypeError:
-        for index, text in enumerate(texts):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"texts[{index}] holds half of a surrogate pair, which is no text") from None
+        refuse_half_surrogates("texts", texts)
         raise
     room = max_length - 2
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -202,3 +200,10 @@ def tokenize(
     ids[offsets[:-1]] = language_ids
     ids[offsets[1:] - 1] = backend.eos_id
     return TokenizedTexts(ids, offsets, n_truncated=sum(len(row) > room for row in rows))
+
+
+def refuse_half_surrogates(name: str, texts: Sequence[str]) -> None:
+    """Raises a ValueError for what a Rust tokenizer refuses with a TypeError that does not tell why."""
+    for index, text in enumerate(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{name}[{index}] holds half of a surrogate pair, which is no text") from None
