@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
     from mtllm_fast.training.collator import DataCollatorForSelfDistillation as DataCollatorForSelfDistillation
+    from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation as MTLLMForSelfDistillation
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "MTLLM": "mtllm_fast.models",
     "MTLLMConfig": "mtllm_fast.configuration",
     "MTLLMForMultipleChoice": "mtllm_fast.models",
+    "MTLLMForSelfDistillation": "mtllm_fast.training.self_distillation",
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
     "DistillationLoss": "mtllm_fast.ops.distillation_loss",

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny stack's LLM, which its checkpoint does not bring: byte-level BPE in 512 tokens, BOS first."""
+"""The tokenizer of the tiny stack's LLM, which no checkpoint brings: byte-level BPE of 512 tokens, BOS first."""
 
 from __future__ import annotations
 

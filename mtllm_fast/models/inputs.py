@@ -71,21 +71,27 @@ def _packed(
     assert given is not None
     if attention_mask is not None:
         raise ValueError("attention_mask and cu_seqlens exclude each other: packed tokens have no padding")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens must be int32 [B+1], got {cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}")
-    if cu_seqlens.device != given.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the tokens are on {given.device}")
     if given.dim() != (1 if inputs_embeds is None else 2):
         name, want = ("input_ids", "[T]") if inputs_embeds is None else ("inputs_embeds", "[T, d]")
         raise ValueError(f"with cu_seqlens, {name} must be {want}; got shape {list(given.shape)}")
-    _check_bounds(cu_seqlens, given.shape[0])
+    layout = packed_layout(cu_seqlens, given, max_seqlen)
     if input_ids is not None:
         _check_vocabulary(model, input_ids)
-    position_ids = position_ids_from_cu_seqlens(cu_seqlens, given.shape[0])
-    layout = PackedLayout(
-        cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=_longest(cu_seqlens, given.shape[0], max_seqlen)
-    )
     return PackedInputs(layout, input_ids, inputs_embeds)
+
+
+def packed_layout(cu_seqlens: Tensor, tokens: Tensor, max_seqlen: int | None) -> PackedLayout:
+    """The layout of packed ``tokens`` ``[T, …]``, checked."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must be int32 [B+1], got {cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the tokens are on {tokens.device}")
+    count = tokens.shape[0]
+    _check_bounds(cu_seqlens, count)
+    position_ids = position_ids_from_cu_seqlens(cu_seqlens, count)
+    return PackedLayout(
+        cu_seqlens=cu_seqlens, position_ids=position_ids, max_seqlen=_longest(cu_seqlens, count, max_seqlen)
+    )
 
 
 def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:

@@ -154,8 +154,8 @@ class MTLLM(MTLLMPreTrainedModel):
         batch = prepare_inputs(self, input_ids, attention_mask, inputs_embeds, cu_seqlens, max_seqlen)
         encoder_states: list[Tensor] | None = [] if collect else None
         llm_states: list[Tensor] | None = [] if collect else None
-        encoded = self._encode_tokens(batch, encoder_states)
-        hidden, is_normed = self._run_llm(encoded, batch, llm_states)
+        encoded = self.encode_tokens(batch, encoder_states)
+        hidden, is_normed = self.last_states(encoded, batch, llm_states)
         pooled = self._pool(hidden, is_normed, batch)
         normed = hidden if is_normed else final_norm(self.llm2vec, hidden)
         if llm_states is not None:
@@ -324,20 +324,20 @@ class MTLLM(MTLLMPreTrainedModel):
 
     def pooled(self, batch: PackedInputs) -> Tensor:
         """Pooled embeddings ``[B, D]`` of prepared inputs."""
-        hidden, is_normed = self._run_llm(self._encode_tokens(batch), batch)
+        hidden, is_normed = self.last_states(self.encode_tokens(batch), batch)
         return self._pool(hidden, is_normed, batch)
 
     def hidden(self, batch: PackedInputs) -> Tensor:
         """Last hidden states ``[T, D]`` of prepared inputs, packed."""
-        hidden, is_normed = self._run_llm(self._encode_tokens(batch), batch)
+        hidden, is_normed = self.last_states(self.encode_tokens(batch), batch)
         return hidden if is_normed else final_norm(self.llm2vec, hidden)
 
-    def _encode_tokens(self, batch: PackedInputs, collect: list[Tensor] | None = None) -> Tensor:
+    def encode_tokens(self, batch: PackedInputs, collect: list[Tensor] | None = None) -> Tensor:
         if batch.encoder_states is not None:
             return batch.encoder_states
         return run_encoder(self.nllb_encoder, batch.input_ids, batch.layout, collect)
 
-    def _run_llm(
+    def last_states(
         self, encoded_Td: Tensor, batch: PackedInputs, collect: list[Tensor] | None = None
     ) -> tuple[Tensor, bool]:
         """The LLM's last states and whether its last norm is applied to them already."""
