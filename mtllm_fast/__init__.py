@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
     from mtllm_fast.training.collator import DataCollatorForSelfDistillation as DataCollatorForSelfDistillation
+    from mtllm_fast.training.least_squares import init_up_proj_least_squares as init_up_proj_least_squares
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "SpanAlignment": "mtllm_fast.text.alignment",
     "align_spans": "mtllm_fast.text.alignment",
     "explain": "mtllm_fast.ops",
+    "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "stack_projection": "mtllm_fast.ops.stack_projection",

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny stack's LLM, which its checkpoint does not bring: byte-level BPE in 512 tokens, BOS first."""
+"""A tokenizer for the tiny stack's LLM, whose checkpoint brings none: byte-level BPE of 512 tokens, BOS first."""
 
 from __future__ import annotations
 
