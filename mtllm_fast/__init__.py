@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
     from mtllm_fast.training.collator import DataCollatorForSelfDistillation as DataCollatorForSelfDistillation
+    from mtllm_fast.training.least_squares import init_up_proj_least_squares as init_up_proj_least_squares
     from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation as MTLLMForSelfDistillation
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ _HOME = {
     "align_spans": "mtllm_fast.text.alignment",
     "distillation_loss": "mtllm_fast.ops.distillation_loss",
     "explain": "mtllm_fast.ops",
+    "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "stack_projection": "mtllm_fast.ops.stack_projection",

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny stack's LLM, which no checkpoint brings: byte-level BPE of 512 tokens, BOS first."""
+"""A tokenizer for the tiny stack's LLM, whose checkpoint brings none: byte-level BPE of 512 tokens, BOS first."""
 
 from __future__ import annotations
 
