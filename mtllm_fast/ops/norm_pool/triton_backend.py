@@ -44,7 +44,10 @@ def norm_pool_fwd_kernel(
     D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BB: tl.constexpr,
     POOLING: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_t r_t h_t rstd_t of one chunk: the result if the sentence has one chunk, else a partial sum [slots, D]."""
+    """Σ_t r_t h_t rstd_t of one chunk: the result if the sentence has one chunk, else a partial sum [slots, D].
+
+    Without eps the states are normed already, rstd_t = 1; without a weight only the normed mean is wanted.
+    """
     i_slot = tl.program_id(0)
     if POOLING == "mean":
         i_b, start, stop, i_chunk = find_chunk(cu_seqlens, i_slot, T, B, chunk, BB)
@@ -70,15 +73,19 @@ def norm_pool_fwd_kernel(
         p_h = h + o_t.to(tl.int64)[:, None] * stride_h + o_d[None, :]
         m_t = o_t < last
         b_h = tl.load(p_h, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        b_rstd = tl.rsqrt(tl.sum(b_h * b_h, 1) / D + tl.cast(eps, tl.float32))
-        b_sum += tl.sum(b_h * tl.where(m_t, b_rstd, 0.0)[:, None], 0)
+        if eps is None:
+            b_sum += tl.sum(b_h, 0)
+        else:
+            b_rstd = tl.rsqrt(tl.sum(b_h * b_h, 1) / D + tl.cast(eps, tl.float32))
+            b_sum += tl.sum(b_h * tl.where(m_t, b_rstd, 0.0)[:, None], 0)
 
     if i_b < B:
         if whole:
             if i_chunk == 0:
                 o_out = i_b.to(tl.int64) * D + o_d
-                b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-                tl.store(pooled + o_out, (b_sum * r * b_w).to(pooled.dtype.element_ty), mask=m_d)
+                if weight is not None:
+                    b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+                    tl.store(pooled + o_out, (b_sum * r * b_w).to(pooled.dtype.element_ty), mask=m_d)
                 if SAVE:
                     tl.store(normed_mean + o_out, b_sum * r, mask=m_d)
         elif first < last:
@@ -107,8 +114,9 @@ def norm_pool_combine_kernel(
             b_sum += tl.load(p_partial, mask=(o_slot < slots_end)[:, None] & m_d[None, :], other=0.0)
         b_mean = tl.sum(b_sum, 0) * (1.0 / length.to(tl.float32))
         o_out = i_b.to(tl.int64) * D + o_d
-        b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-        tl.store(pooled + o_out, (b_mean * b_w).to(pooled.dtype.element_ty), mask=m_d)
+        if weight is not None:
+            b_w = tl.load(weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+            tl.store(pooled + o_out, (b_mean * b_w).to(pooled.dtype.element_ty), mask=m_d)
         if SAVE:
             tl.store(normed_mean + o_out, b_mean, mask=m_d)
 
@@ -170,15 +178,39 @@ def forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(pooled [B, D], Σ_t r_t x̂_t [B, D] fp32)"""
-    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
+    D, B = hidden_states.shape[1], cu_seqlens.shape[0] - 1
     pooled = hidden_states.new_empty(B, D)
     normed_mean = torch.empty(B, D, dtype=torch.float32, device=pooled.device) if save else None
+    _launch_forward(hidden_states, weight, cu_seqlens, pooled, normed_mean, eps, pooling)
+    return pooled, normed_mean
+
+
+def pool(hidden_states: Tensor, cu_seqlens: Tensor, eps: float | None) -> Tensor:
+    """The mean of x̂_t over each sentence, or of h_t for states that are normed already (eps is None); [B, D] fp32."""
+    shape = cu_seqlens.shape[0] - 1, hidden_states.shape[1]
+    normed_mean = torch.empty(shape, dtype=torch.float32, device=hidden_states.device)
+    _launch_forward(hidden_states, None, cu_seqlens, None, normed_mean, eps, "mean")
+    return normed_mean
+
+
+def _launch_forward(
+    hidden_states: Tensor,
+    weight: Tensor | None,
+    cu_seqlens: Tensor,
+    pooled: Tensor | None,
+    normed_mean: Tensor | None,
+    eps: float | None,
+    pooling: str,
+) -> None:
+    """Writes ``pooled`` and ``normed_mean``, either of which may be missing."""
+    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
     if B == 0:
-        return pooled, normed_mean
+        return
+    save = normed_mean is not None
     chunk = chunk_tokens(T, B)
     slots = num_slots(T, B, chunk)
     several = pooling == "mean" and chunk < T
-    partial = torch.empty(slots if several else 0, D, dtype=torch.float32, device=pooled.device)
+    partial = torch.empty(slots if several else 0, D, dtype=torch.float32, device=hidden_states.device)
     with guard(hidden_states):
         norm_pool_fwd_kernel[(slots if pooling == "mean" else B,)](
             hidden_states, weight, cu_seqlens, pooled, normed_mean, partial, hidden_states.stride(0), T, B, chunk, eps,
@@ -189,7 +221,6 @@ def forward(
             norm_pool_combine_kernel[(B, triton.cdiv(D, shape["BD"]))](
                 partial, weight, cu_seqlens, pooled, normed_mean, chunk, D=D, SAVE=save, **shape
             )
-    return pooled, normed_mean
 
 
 def backward(
@@ -216,6 +247,19 @@ def lint_cases() -> list[TritonCase]:
         *_row_cases(1024, "fp32", "eos"),
         *_row_cases(2000, "fp16", "cls"),
         *(_case(norm_pool_combine_kernel, "bf16", D=4096, SAVE=True, **combine_blocks(4096, B)) for B in (1, 400)),
+        # ``pool``, of states that are normed already
+        _case(
+            norm_pool_fwd_kernel,
+            "bf16",
+            SAVE=True,
+            D=4096,
+            BB=SENTENCES,
+            POOLING="mean",
+            weight=None,
+            pooled=None,
+            eps=None,
+            **blocks(4096),
+        ),
     ]
 
 
