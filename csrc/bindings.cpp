@@ -85,22 +85,22 @@ mtllm::LossShape loss_shape(int kind, float beta, std::int64_t width) {
 }
 
 mtllm::Status distillation_spans(const mtllm::SpanSide& student, const mtllm::SpanSide& teacher,
-                                 const mtllm::LossShape& shape, Address sums, std::int64_t num_spans, std::int64_t blocks,
-                                 Address stream) {
-  return mtllm::distillation_spans(student, teacher, shape, pointer<float>(sums), num_spans, blocks,
+                                 const mtllm::LossShape& shape, Address sums, Address scratch, std::int64_t num_spans,
+                                 std::int64_t blocks, Address stream) {
+  return mtllm::distillation_spans(student, teacher, shape, pointer<float>(sums), pointer<float>(scratch), num_spans, blocks,
                                    pointer<CUstream_st>(stream));
 }
 
 mtllm::Status distillation_backward(const mtllm::SpanSide& student, const mtllm::SpanSide& teacher,
                                     const mtllm::LossShape& shape, Address grad_loss, Address span_scale,
                                     Address grad_pooled, Address cu_seqlens, Address token_offsets, Address token_spans,
-                                    Address grad_hidden, Address grad_weight, std::int64_t num_tokens,
+                                    Address grad_hidden, Address grad_weight, Address scratch, std::int64_t num_tokens,
                                     std::int64_t num_sentences, std::int64_t chunk, Address stream) {
   return mtllm::distillation_backward(student, teacher, shape, pointer<float>(grad_loss), pointer<float>(span_scale),
                                       pointer<float>(grad_pooled), pointer<std::int32_t>(cu_seqlens),
                                       pointer<std::int64_t>(token_offsets), pointer<std::int64_t>(token_spans),
-                                      pointer<void>(grad_hidden), pointer<float>(grad_weight), num_tokens, num_sentences,
-                                      chunk, pointer<CUstream_st>(stream));
+                                      pointer<void>(grad_hidden), pointer<float>(grad_weight), pointer<float>(scratch),
+                                      num_tokens, num_sentences, chunk, pointer<CUstream_st>(stream));
 }
 
 }  // namespace

@@ -62,6 +62,7 @@ def backward(
     chunk = chunk_tokens(T, B)
     grad_hidden = h.new_empty(T, D)
     by_slot = torch.zeros(num_slots(T, B, chunk), D, dtype=torch.float32, device=h.device) if needs_weight else None
+    scratch = torch.empty(num_slots(T, B, chunk), 2, D, dtype=torch.float32, device=h.device)
     sides, kept = _sides(student, teacher, spans)
     offsets, of_token = (None, None) if spans is None or spans_of_tokens is None else spans_of_tokens
     floats = [tensor.float().contiguous() for tensor in (grad_loss, saved.span_scale, saved.grad_pooled)]
@@ -69,7 +70,7 @@ def backward(
         status = native.extension().distillation_backward(
             *sides, _shape(options, D), *(tensor.data_ptr() for tensor in floats), student.cu_seqlens.data_ptr(),
             native.address(offsets), native.address(of_token), grad_hidden.data_ptr(), native.address(by_slot),
-            T, B, chunk, native.stream(h),
+            scratch.data_ptr(), T, B, chunk, native.stream(h),
         )  # fmt: skip
     del kept
     native.check("distillation_loss backward", status)
@@ -86,10 +87,11 @@ def _sums_of_spans(student: Side, teacher: Side | Vectors, spans: Spans, options
     h, S = student.states, len(spans.offsets) - 1
     blocks = min(S, _MAX_BLOCKS)
     sums = torch.empty(blocks, 4, dtype=torch.float32, device=h.device)
+    scratch = torch.empty(blocks, 2, h.shape[1], dtype=torch.float32, device=h.device)
     sides, kept = _sides(student, teacher, spans)
     with guard(h):
         status = native.extension().distillation_spans(
-            *sides, _shape(options, h.shape[1]), sums.data_ptr(), S, blocks, native.stream(h)
+            *sides, _shape(options, h.shape[1]), sums.data_ptr(), scratch.data_ptr(), S, blocks, native.stream(h)
         )
     del kept
     native.check("distillation_loss spans", status)
