@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
+#include "mtllm/distillation_loss.h"
 #include "mtllm/norm_pool.h"
 #include "mtllm/stack_projection.h"
 
@@ -73,6 +74,35 @@ mtllm::Status stack_backward(int dtype, Address grad_x, Address grad_qkv, Addres
                                pointer<CUstream_st>(stream));
 }
 
+mtllm::SpanSide span_side(int dtype, Address states, std::int64_t row_stride, Address weight, bool weight_is_float32,
+                          float eps, Address indices, Address offsets) {
+  return {static_cast<mtllm::DType>(dtype), pointer<void>(states), row_stride, pointer<void>(weight), weight_is_float32,
+          eps, pointer<std::int64_t>(indices), pointer<std::int64_t>(offsets)};
+}
+
+mtllm::LossShape loss_shape(int kind, float beta, std::int64_t width) {
+  return {static_cast<mtllm::LossKind>(kind), beta, width};
+}
+
+mtllm::Status distillation_spans(const mtllm::SpanSide& student, const mtllm::SpanSide& teacher,
+                                 const mtllm::LossShape& shape, Address sums, Address scratch, std::int64_t num_spans,
+                                 std::int64_t blocks, Address stream) {
+  return mtllm::distillation_spans(student, teacher, shape, pointer<float>(sums), pointer<float>(scratch), num_spans, blocks,
+                                   pointer<CUstream_st>(stream));
+}
+
+mtllm::Status distillation_backward(const mtllm::SpanSide& student, const mtllm::SpanSide& teacher,
+                                    const mtllm::LossShape& shape, Address grad_loss, Address span_scale,
+                                    Address grad_pooled, Address cu_seqlens, Address token_offsets, Address token_spans,
+                                    Address grad_hidden, Address grad_weight, Address scratch, std::int64_t num_tokens,
+                                    std::int64_t num_sentences, std::int64_t chunk, Address stream) {
+  return mtllm::distillation_backward(student, teacher, shape, pointer<float>(grad_loss), pointer<float>(span_scale),
+                                      pointer<float>(grad_pooled), pointer<std::int32_t>(cu_seqlens),
+                                      pointer<std::int64_t>(token_offsets), pointer<std::int64_t>(token_spans),
+                                      pointer<void>(grad_hidden), pointer<float>(grad_weight), pointer<float>(scratch),
+                                      num_tokens, num_sentences, chunk, pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -88,4 +118,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("stack_products", &stack_products);
   module.def("stack_epilogue", &stack_epilogue);
   module.def("stack_backward", &stack_backward);
+  pybind11::class_<mtllm::SpanSide>(module, "SpanSide", pybind11::module_local());
+  pybind11::class_<mtllm::LossShape>(module, "LossShape", pybind11::module_local());
+  module.def("span_side", &span_side);
+  module.def("loss_shape", &loss_shape);
+  module.def("distillation_spans", &distillation_spans);
+  module.def("distillation_backward", &distillation_backward);
 }

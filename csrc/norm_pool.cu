@@ -4,94 +4,22 @@
 
 #include <algorithm>
 
-#include "mtllm/reduce.cuh"
-#include "mtllm/vec.cuh"
+#include "mtllm/rows.cuh"
 
 namespace mtllm {
 namespace {
 
-constexpr int kMaxWidth = 16384;
 constexpr int kCombineThreads = 256;
 
-template <typename T, int VEC_, int PER_THREAD_>
-struct Shape {
-  static constexpr int VEC = VEC_;                   // columns per load
-  static constexpr int PER_THREAD = PER_THREAD_;     // columns per thread
-  static constexpr int LOADS = PER_THREAD / VEC;     // loads per thread and row
-  static constexpr int ROWS = 32 / PER_THREAD;       // rows in flight, reduced together
-  static constexpr int MAX_THREADS = PER_THREAD < 32 ? 256 : 512;
-  static constexpr int MIN_BLOCKS = PER_THREAD == 16 ? 3 : 1;  // per multiprocessor; 3 is as far as it goes without spills
-};
-
-struct Args {
-  const void* hidden_states;
-  int64_t row_stride;
-  const void* weight;
-  bool weight_is_float32;
-  const int32_t* cu_seqlens;
-  int num_sentences;
-  int num_tokens;
-  int width;
-  int chunk;
-  float eps;
+struct Args : Rows {
   Pooling pooling;
 };
-
-struct Chunk {
-  int sentence;      // num_sentences: the dead tail after the last sentence
-  int index;         // of the chunk within the sentence
-  int start, stop;   // tokens of the sentence
-  int begin, end;    // tokens of the chunk
-};
-
-// Slot s of the partition: sentence b owns the slots from cu_seqlens[b] / chunk + b on.
-__device__ Chunk find_chunk(const Args& args, int slot) {
-  int owners = 0;
-  for (int base = 0; base <= args.num_sentences; base += blockDim.x) {
-    const int b = base + threadIdx.x;
-    owners += __syncthreads_count(b <= args.num_sentences && args.cu_seqlens[b] / args.chunk + b <= slot);
-  }
-  Chunk c;
-  c.sentence = owners - 1;
-  c.start = args.cu_seqlens[c.sentence];
-  c.stop = c.sentence < args.num_sentences ? args.cu_seqlens[c.sentence + 1] : args.num_tokens;
-  c.index = slot - (c.start / args.chunk + c.sentence);
-  c.begin = c.start + c.index * args.chunk;
-  c.end = min(c.begin + args.chunk, c.stop);
-  return c;
-}
 
 __device__ Chunk find_token(const Args& args, int sentence) {
   Chunk c{sentence, 0, args.cu_seqlens[sentence], args.cu_seqlens[sentence + 1], 0, 0};
   c.begin = args.pooling == Pooling::kCls ? c.start : c.stop - 1;
   c.end = c.start < c.stop ? c.begin + 1 : c.begin;
   return c;
-}
-
-template <typename S>
-__device__ int column_of(int load) {
-  return (load * blockDim.x + threadIdx.x) * S::VEC;
-}
-
-template <typename T, int VEC>
-__device__ Vec<float, VEC> load_weight(const Args& args, int column) {
-  return args.weight_is_float32 ? load_floats<float, VEC>(static_cast<const float*>(args.weight) + column)
-                                : load_floats<T, VEC>(static_cast<const T*>(args.weight) + column);
-}
-
-// Rows first .. first + ROWS of hidden_states; a row for which keep() is false is not read and counts as zero.
-template <typename T, typename S, typename Keep>
-__device__ void load_rows(Vec<T, S::VEC> (&rows)[S::ROWS][S::LOADS], const Args& args, int first, Keep keep) {
-#pragma unroll
-  for (int r = 0; r < S::ROWS; ++r) {
-    const T* row = static_cast<const T*>(args.hidden_states) + static_cast<int64_t>(first + r) * args.row_stride;
-    const bool kept = keep(first + r);
-#pragma unroll
-    for (int i = 0; i < S::LOADS; ++i) {
-      const int column = column_of<S>(i);
-      rows[r][i] = kept && column < args.width ? load_streaming<T, S::VEC>(row + column) : Vec<T, S::VEC>{};
-    }
-  }
 }
 
 template <typename T, typename S>
@@ -116,10 +44,11 @@ __global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
           const float x = to_float(rows[r][i].values[v]);
           squares[r] += x * x;
         }
-    block_sum(squares, scratch);
+    if (args.weight) block_sum(squares, scratch);
 #pragma unroll
     for (int r = 0; r < S::ROWS; ++r) {
-      const float rstd = t + r < c.end ? rsqrtf(squares[r] / args.width + args.eps) : 0.0f;
+      const float inverse = args.weight ? rsqrtf(squares[r] / args.width + args.eps) : 1.0f;
+      const float rstd = t + r < c.end ? inverse : 0.0f;
 #pragma unroll
       for (int i = 0; i < S::LOADS; ++i)
 #pragma unroll
@@ -138,15 +67,14 @@ __global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
       continue;
     }
     const int64_t out = static_cast<int64_t>(c.sentence) * args.width + column;
-    const Vec<float, S::VEC> weight = load_weight<T, S::VEC>(args, column);
-    Vec<float, S::VEC> weighted;
 #pragma unroll
-    for (int v = 0; v < S::VEC; ++v) {
-      sum[i].values[v] *= scale;
-      weighted.values[v] = sum[i].values[v] * weight.values[v];
-    }
-    store_floats(pooled + out, weighted);
+    for (int v = 0; v < S::VEC; ++v) sum[i].values[v] *= scale;
     if (normed_mean) store_floats(normed_mean + out, sum[i]);
+    if (!pooled) continue;
+    const Vec<float, S::VEC> weight = load_weight<T, S::VEC>(args, column);
+#pragma unroll
+    for (int v = 0; v < S::VEC; ++v) sum[i].values[v] *= weight.values[v];
+    store_floats(pooled + out, sum[i]);
   }
 }
 
@@ -172,7 +100,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int lane = 1; lane < blockDim.y; ++lane) sum += scratch[lane * blockDim.x + threadIdx.x];
   sum *= 1.0f / static_cast<float>(length);
   const int64_t out = static_cast<int64_t>(b) * args.width + column;
-  pooled[out] = from_float<T>(sum * load_weight<T, 1>(args, column).values[0]);
+  if (pooled) pooled[out] = from_float<T>(sum * load_weight<T, 1>(args, column).values[0]);
   if (normed_mean) normed_mean[out] = sum;
 }
 
@@ -237,15 +165,6 @@ __global__ void __launch_bounds__(S::MAX_THREADS, S::MIN_BLOCKS)
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t slots(const Args& args) { return args.num_tokens / args.chunk + args.num_sentences + 1; }
-
-template <typename S>
-int threads(const Args& args) {
-  return static_cast<int>(divide_up(divide_up(args.width, S::PER_THREAD), kWarp) * kWarp);
-}
-
 template <typename T>
 void combine(const Args& args, const float* partial, T* pooled, float* normed_mean, cudaStream_t stream) {
   // Many lanes per column when the sentences are long, few when there are many sentences.
@@ -256,31 +175,6 @@ void combine(const Args& args, const float* partial, T* pooled, float* normed_me
   norm_pool_combine_kernel<T><<<grid, block, 0, stream>>>(args, partial, pooled, normed_mean);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Calls run(T, Shape) for the dtype and the widest load that all addresses allow.
-template <typename T, typename Run>
-Status with_shape(const Args& args, const void* other, Run run) {
-  constexpr int VEC = 16 / sizeof(T);
-  const bool vectors = args.width % VEC == 0 && args.row_stride % VEC == 0 && aligned(args.hidden_states) &&
-                       aligned(args.weight) && aligned(other);
-  if (!vectors) return run(T{}, Shape<T, 1, 32>{});
-  if (args.width <= 2048) return run(T{}, Shape<T, VEC, 8>{});
-  if (args.width <= 4096) return run(T{}, Shape<T, VEC, 16>{});
-  return run(T{}, Shape<T, VEC, 32>{});
-}
-
-template <typename Run>
-Status dispatch(DType dtype, const Args& args, const void* other, Run run) {
-  if (args.width < 1 || args.width > kMaxWidth || args.chunk < 1) return kUnsupportedArgument;
-  switch (dtype) {
-    case DType::kFloat32: return with_shape<float>(args, other, run);
-    case DType::kFloat16: return with_shape<__half>(args, other, run);
-    case DType::kBFloat16: return with_shape<__nv_bfloat16>(args, other, run);
-  }
-  return kUnsupportedArgument;
-}
-
 }  // namespace
 
 Status norm_pool_forward(DType dtype, const void* hidden_states, int64_t row_stride, const void* weight,
@@ -288,9 +182,10 @@ Status norm_pool_forward(DType dtype, const void* hidden_states, int64_t row_str
                          float* partial, int64_t num_tokens, int64_t num_sentences, int64_t width, int64_t chunk,
                          float eps, Pooling pooling, cudaStream_t stream) {
   if (num_sentences == 0) return cudaSuccess;
-  const Args args{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
-                  static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps, pooling};
-  return dispatch(dtype, args, pooled, [&](auto t, auto shape) -> Status {
+  const Args args{{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
+                   static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps},
+                  pooling};
+  return dispatch(dtype, args, aligned(pooled), [&](auto t, auto shape) -> Status {
     using T = decltype(t);
     using S = decltype(shape);
     const bool mean = pooling == Pooling::kMean;
@@ -307,9 +202,10 @@ Status norm_pool_backward(DType dtype, const void* grad_pooled, const void* hidd
                           int64_t num_tokens, int64_t num_sentences, int64_t width, int64_t chunk, float eps,
                           Pooling pooling, cudaStream_t stream) {
   if (num_tokens == 0) return cudaSuccess;
-  const Args args{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
-                  static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps, pooling};
-  return dispatch(dtype, args, grad_pooled, [&](auto t, auto shape) -> Status {
+  const Args args{{hidden_states, row_stride, weight, weight_is_float32, cu_seqlens, static_cast<int>(num_sentences),
+                   static_cast<int>(num_tokens), static_cast<int>(width), static_cast<int>(chunk), eps},
+                  pooling};
+  return dispatch(dtype, args, aligned(grad_pooled), [&](auto t, auto shape) -> Status {
     using T = decltype(t);
     using S = decltype(shape);
     norm_pool_backward_kernel<T, S><<<slots(args), threads<S>(args), 0, stream>>>(

@@ -76,6 +76,11 @@ def stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def address(tensor: Tensor | None) -> int:
+    """Of its first element; 0, a null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def check(op: str, status: int) -> None:
     """Raises for a status other than 0."""
     if status != 0:

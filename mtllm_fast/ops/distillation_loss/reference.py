@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtllm_fast.ops.distillation_loss.inputs import FIGURES, Forward, Options, Side, Spans, TokenSpans, Vectors
+from mtllm_fast.ops.distillation_loss.inputs import Forward, Options, Side, Spans, TokenSpans, Vectors
+from mtllm_fast.ops.distillation_loss.sequence import add_span_term_, gradient_of, loss_of, sequence_term, sums_of
 from mtllm_fast.ops.norm_pool.reference import (
     BLOCK_ELEMENTS,
     norm_backward,
@@ -36,25 +37,14 @@ def forward(student: Side, teacher: Side | Vectors, spans: Spans | None, options
     else:
         target = _pooled(teacher).to(pooled.dtype)
         present = present & (teacher.cu_seqlens.diff() > 0)
-    pooled, target = (torch.where(present[:, None], vectors, 0) for vectors in (pooled, target))
-    sums = _sums(pooled, target, present, options)
-    scale = options.sequence_weight / _divisor(sums[-1], options)
-    grad_pooled = _gradient(pooled, target, scale * present, options)
-
-    figures = pooled.new_zeros(len(FIGURES))
-    figures[0] = sums[0] / _divisor(sums[-1], options)
-    figures[2:4] = _unexplained(pooled, target, present)
-    figures[4:6] = sums[1:3] / sums[-1].clamp(min=1)
+    figures, grad_pooled = sequence_term(pooled, target, present, options)
     span_scale = pooled.new_zeros(())
     if spans is not None:
-        sums = torch.zeros_like(sums)
+        sums = pooled.new_zeros(4)
         for x, t, there in _BySpan(student, teacher, spans):
-            sums += _sums(x, t, there, options)
-        span_scale = options.span_weight / _divisor(sums[-1], options)
-        figures[1] = sums[0] / _divisor(sums[-1], options)
-        figures[6:] = sums[1:3] / sums[-1].clamp(min=1)
-    loss = options.sequence_weight * figures[0] + options.span_weight * figures[1]
-    return Forward(loss, figures, grad_pooled, span_scale)
+            sums += sums_of(x, t, there, options)
+        span_scale = add_span_term_(figures, sums, options)
+    return Forward(loss_of(figures, options), figures, grad_pooled, span_scale)
 
 
 def backward(
@@ -108,58 +98,8 @@ def _from_spans(
     which, occurrence = spans[offsets[start] : offsets[stop]].unique(return_inverse=True)
     x, t, there = by_span.vectors(which)
     lengths = by_span.lengths(which)
-    gradient = _gradient(x, t, scale * there / lengths.clamp(min=1), options)
+    gradient = gradient_of(x, t, scale * there / lengths.clamp(min=1), options)
     return F.embedding_bag(occurrence, gradient, offsets[start:stop] - offsets[start], mode="sum")
-
-
-def _gradient(x: Tensor, t: Tensor, scale: Tensor, options: Options) -> Tensor:
-    """The gradient of scale · l(x, t) in x, row by row; x, t [n, D], scale [n]"""
-    scale, D = scale[:, None], x.shape[1]
-    if options.kind == "mse":
-        return (x - t).mul_(scale * (2 / D))
-    if options.kind == "smooth_l1":
-        return (x - t).clamp_(-options.beta, options.beta).mul_(scale / (options.beta * D))
-    cos, x_norm, t_norm = (value[:, None] for value in _angles(x, t))
-    gradient = (x * (cos / x_norm) - t / t_norm).mul_(scale / x_norm)
-    return gradient.masked_fill_(x_norm * t_norm == 0, 0)  # a zero vector has no direction
-
-
-def _angles(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(cosine, 0 with a zero vector; |x|; |t|), row by row."""
-    x_norm, t_norm = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(t, dim=1)
-    product = x_norm * t_norm
-    with torch.autocast(x.device.type, enabled=False):  # it would round the products
-        cos = torch.linalg.vecdot(x, t) / product
-    return cos.masked_fill_(product == 0, 0), x_norm, t_norm
-
-
-def _sums(x: Tensor, t: Tensor, there: Tensor, options: Options) -> Tensor:
-    """Over the rows that are there: [Σ l(x, t), Σ cosine, Σ (|x| − |t|), how many]. The other rows are zero."""
-    cos, x_norm, t_norm = _angles(x, t)
-    if options.kind == "mse":
-        losses = torch.linalg.vector_norm(x - t, dim=1).square() / x.shape[1]
-    elif options.kind == "smooth_l1":
-        losses = F.smooth_l1_loss(x, t, beta=options.beta, reduction="none").mean(1)
-    else:
-        losses = 1 - cos
-    count = there.to(x.dtype)
-    return torch.stack(((losses * count).sum(), (cos * count).sum(), ((x_norm - t_norm) * count).sum(), count.sum()))
-
-
-def _divisor(count: Tensor, options: Options) -> Tensor:
-    return count.clamp(min=1) if options.reduction == "mean" else torch.ones_like(count)
-
-
-def _unexplained(x: Tensor, t: Tensor, there: Tensor) -> Tensor:
-    """mean((x − t)²) over the variance of the teacher's vectors, and over that of the student's; [2]"""
-    rows = there[:, None].to(x.dtype)
-    count = rows.sum().clamp(min=1)
-
-    def variance(vectors: Tensor) -> Tensor:
-        return ((vectors - vectors.sum(0) / count) * rows).square().sum()
-
-    error = (x - t).square().sum()
-    return torch.where(error == 0, 0, error / torch.stack((variance(t), variance(x))))
 
 
 class _BySpan:

@@ -30,22 +30,43 @@ def forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(pooled [B, D], Σ_t r_t x̂_t [B, D] fp32)"""
-    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
-    weight = _readable(weight, hidden_states)
-    chunk = chunk_tokens(T, B)
-    slots = num_slots(T, B, chunk) if pooling == "mean" and chunk < T else 0
+    B, D = cu_seqlens.shape[0] - 1, hidden_states.shape[1]
     pooled = hidden_states.new_empty(B, D)
     normed_mean = torch.empty(B, D, dtype=torch.float32, device=pooled.device) if save else None
-    partial = torch.empty(slots, D, dtype=torch.float32, device=pooled.device)
+    _forward(hidden_states, readable(weight, hidden_states), cu_seqlens, eps, pooling, pooled, normed_mean)
+    return pooled, normed_mean
+
+
+def mean_of_normed(hidden_states: Tensor, weight: Tensor | None, cu_seqlens: Tensor, eps: float) -> Tensor:
+    """mean_t x̂_t [B, D] fp32, without the gain; mean_t h_t where ``weight`` is None: the states are normed already."""
+    B, D = cu_seqlens.shape[0] - 1, hidden_states.shape[1]
+    normed_mean = torch.empty(B, D, dtype=torch.float32, device=hidden_states.device)
+    weight = None if weight is None else readable(weight, hidden_states)
+    _forward(hidden_states, weight, cu_seqlens, eps, "mean", None, normed_mean)
+    return normed_mean
+
+
+def _forward(
+    hidden_states: Tensor,
+    weight: Tensor | None,
+    cu_seqlens: Tensor,
+    eps: float,
+    pooling: str,
+    pooled: Tensor | None,
+    normed_mean: Tensor | None,
+) -> None:
+    (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
+    chunk = chunk_tokens(T, B)
+    slots = num_slots(T, B, chunk) if pooling == "mean" and chunk < T else 0
+    partial = torch.empty(slots, D, dtype=torch.float32, device=hidden_states.device)
     with guard(hidden_states):
         status = native.extension().norm_pool_forward(
             native.DTYPES[hidden_states.dtype], hidden_states.data_ptr(), hidden_states.stride(0),
-            weight.data_ptr(), weight.dtype == torch.float32, cu_seqlens.data_ptr(),
-            pooled.data_ptr(), 0 if normed_mean is None else normed_mean.data_ptr(), partial.data_ptr(),
-            T, B, D, chunk, eps, POOLINGS[pooling], native.stream(pooled),
+            native.address(weight), weight is not None and weight.dtype == torch.float32, cu_seqlens.data_ptr(),
+            native.address(pooled), native.address(normed_mean), partial.data_ptr(),
+            T, B, D, chunk, eps, POOLINGS[pooling], native.stream(hidden_states),
         )  # fmt: skip
     native.check("norm_pool forward", status)
-    return pooled, normed_mean
 
 
 def backward(
@@ -53,7 +74,7 @@ def backward(
 ) -> Tensor:
     """dh [T, D]"""
     (T, D), B = hidden_states.shape, cu_seqlens.shape[0] - 1
-    weight = _readable(weight, hidden_states)
+    weight = readable(weight, hidden_states)
     grad_hidden = hidden_states.new_empty(T, D)
     with guard(hidden_states):
         status = native.extension().norm_pool_backward(
@@ -65,6 +86,6 @@ def backward(
     return grad_hidden
 
 
-def _readable(weight: Tensor, hidden_states: Tensor) -> Tensor:
+def readable(weight: Tensor, hidden_states: Tensor) -> Tensor:
     """The kernels read a weight of the states' dtype or of float32."""
     return weight if weight.dtype in (hidden_states.dtype, torch.float32) else weight.float()
