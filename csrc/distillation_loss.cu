@@ -17,14 +17,14 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
     distillation_spans_kernel(const SpanSide student, const SpanSide teacher, const LossShape shape, int64_t num_spans,
                               float* sums, float* scratch_rows) {
   __shared__ Vec<float, 4> scratch[kMaxWarps];
-  const int width = static_cast<int>(shape.width);
   constexpr int ROWS = kHold<S> ? 2 : 1;
-  Parked<S> x{{}, scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width, width};
   float total[kFigures] = {};
   for (int64_t s = blockIdx.x; s < num_spans; s += gridDim.x) {
+    const int width = fresh<S>(static_cast<int>(shape.width));
     const int64_t begin = bag_begin(student, s), end = bag_begin(student, s + 1);
     const int64_t teacher_begin = bag_begin(teacher, s), teacher_end = bag_begin(teacher, s + 1);
     if (begin >= end || teacher_begin >= teacher_end) continue;
+    Parked<S> x{{}, scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width, width};
     x.set(bag_mean<T, S, ROWS>(student, begin, end, width));
     const Columns<S> t = teacher_mean<S, ROWS>(teacher, teacher_begin, teacher_end, width);
     float parts[4] = {};  // l (but for cosine), x * x, t * t, x * t
@@ -122,14 +122,14 @@ template <typename T, typename S>
 __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
     distillation_backward_kernel(const BackwardArgs args, T* grad_hidden) {
   __shared__ Vec<float, 1> scratch[kMaxWarps];
-  const int width = args.rows.width;
   const bool normed = args.rows.weight == nullptr;
   const Chunk c = find_chunk(args.rows, blockIdx.x);
   if (c.begin >= c.end) return;
   const bool alive = c.sentence < args.rows.num_sentences;
   constexpr int ROWS = kHoldToken<S> ? 2 : 1;
-  float* memory = args.scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width;
+  float* memory = args.scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * args.rows.width;
   for (int token = c.begin; token < c.end; ++token) {
+    int width = fresh<S>(args.rows.width);
     const T* row = alive ? row_of<T, S>(args.student, token) : nullptr;  // the tail is not read
     Vec<T, S::VEC> held[S::LOADS];
     if constexpr (kHoldToken<S>) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       const int64_t begin = bag_begin(args.student, s), end = bag_begin(args.student, s + 1);
       const int64_t teacher_begin = bag_begin(args.teacher, s), teacher_end = bag_begin(args.teacher, s + 1);
       if (teacher_begin >= teacher_end) continue;
-      if (end - begin == 1) {
+      if (S::VEC > 1 && end - begin == 1) {  // single columns have no registers for it
         Columns<S> alone;
 #pragma unroll
         for (int i = 0; i < S::LOADS; ++i) {
@@ -187,9 +187,11 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       }
       const Columns<S> t = teacher_mean<S, ROWS>(args.teacher, teacher_begin, teacher_end, width);
       const float coefficient = *args.grad_loss * *args.span_scale / static_cast<float>(end - begin);
+      dy.width = x.width = width = fresh<S>(width);
       add_gradient<S>(dy, x, t, coefficient, args.shape, width);
     }
 
+    dy.width = width = fresh<S>(width);
     float along[1] = {};
     if (alive && !normed) {
       // The sum over a block's tokens stays in its own row: registers are for the vectors.
@@ -216,6 +218,7 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       }
       block_sum(along, scratch);
       along[0] *= rstd * rstd / width;
+      dy.width = width = fresh<S>(width);
     }
 #pragma unroll
     for (int i = 0; i < S::LOADS; ++i) {
