@@ -2,187 +2,29 @@
 // on one span, or in the backward on one token, at a time; a thread keeps the same columns throughout.
 #include "mtllm/distillation_loss.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "mtllm/rows.cuh"
+#include "mtllm/spans.cuh"
 
 namespace mtllm {
 namespace {
 
 constexpr int kFigures = 4;  // sums of losses, of cosines, of differences of norms, how many
 
-// Wide rows fill the registers: theirs are read again instead of held, and one vector at a time is in registers, the others
-// in memory (see Parked). In the backward, which has three vectors, rows of middle width are read again too.
-template <typename S>
-constexpr bool kHold = S::PER_THREAD < 32;
-template <typename S>
-constexpr bool kHoldToken = S::PER_THREAD < 16;
-template <typename S>
-constexpr int kMinBlocks = kHold<S> ? 2 : 1;
-
-// The first column of one of this thread's loads. A stride that the compiler knows costs no registers.
-template <typename S>
-__device__ int own_column(int load) {
-  return (load * S::MAX_THREADS + threadIdx.x) * S::VEC;
-}
-
-template <typename S>
-int64_t block_threads(int64_t width) {
-  return std::min<int64_t>(S::MAX_THREADS, divide_up(divide_up(width, S::VEC), kWarp) * kWarp);
-}
-
-// This thread's columns of one vector.
-template <typename S>
-struct Columns {
-  Vec<float, S::VEC> loads[S::LOADS];
-};
-
-// A vector that waits while another one is made: in registers, or for wide rows in memory that is this block's own.
-template <typename S>
-struct Parked {
-  Columns<S> columns;
-  float* memory;
-  int width;
-
-  __device__ Vec<float, S::VEC> get(int load) const {
-    if constexpr (kHold<S>) return columns.loads[load];
-    const int column = own_column<S>(load);
-    return column < width ? load_floats<float, S::VEC>(memory + column) : Vec<float, S::VEC>{};
-  }
-  __device__ void set(int load, const Vec<float, S::VEC>& vector) {
-    if constexpr (kHold<S>) {
-      columns.loads[load] = vector;
-    } else if (own_column<S>(load) < width) {
-      store_floats(memory + own_column<S>(load), vector);
-    }
-  }
-  __device__ void set(const Columns<S>& vectors) {
-#pragma unroll
-    for (int i = 0; i < S::LOADS; ++i) set(i, vectors.loads[i]);
-  }
-};
-
-struct Angles {
-  float x_norm, t_norm, cosine;  // the cosine is 0 with a zero vector
-};
-
-// The gain as it stands in memory; 1 where there is none.
-template <typename U, int VEC>
-__device__ Vec<float, VEC> load_gain(const SpanSide& side, int column) {
-  if (side.weight_is_float32) return load_floats<float, VEC>(static_cast<const float*>(side.weight) + column);
-  return load_floats<U, VEC>(static_cast<const U*>(side.weight) + column);
-}
-
-// mean *= scale * gain
-template <typename U, typename S>
-__device__ void apply_gain(Columns<S>& mean, const SpanSide& side, float scale, int width) {
-#pragma unroll
-  for (int i = 0; i < S::LOADS; ++i) {
-    const int column = own_column<S>(i);
-    if (column >= width) continue;
-    if (side.weight) {
-      const Vec<float, S::VEC> gain = load_gain<U, S::VEC>(side, column);
-#pragma unroll
-      for (int v = 0; v < S::VEC; ++v) mean.loads[i].values[v] *= gain.values[v] * scale;
-    } else {
-#pragma unroll
-      for (int v = 0; v < S::VEC; ++v) mean.loads[i].values[v] *= scale;
-    }
-  }
-}
-
-template <typename U, typename S>
-__device__ const U* row_of(const SpanSide& side, int64_t row) {
-  return static_cast<const U*>(side.states) + row * side.row_stride;
-}
-
-template <typename U, typename S>
-__device__ Vec<U, S::VEC> load_columns(const U* row, int load, int width) {
-  const int column = own_column<S>(load);
-  return row && column < width ? *reinterpret_cast<const Vec<U, S::VEC>*>(row + column) : Vec<U, S::VEC>{};
-}
-
-// The mean of y over the rows begin to end of a side's indices; ROWS are in flight.
-template <typename U, typename S, int ROWS>
-__device__ Columns<S> bag_mean(const SpanSide& side, int64_t begin, int64_t end, int width) {
-  __shared__ Vec<float, ROWS> scratch[kMaxWarps];
-  Columns<S> sum = {};
-  for (int64_t first = begin; first < end; first += ROWS) {
-    const U* rows[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int64_t at = first + r;
-      rows[r] = at < end ? row_of<U, S>(side, side.offsets ? side.indices[at] : at) : nullptr;
-    }
-    Vec<U, S::VEC> held[ROWS][S::LOADS];
-    if constexpr (kHold<S>) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < S::LOADS; ++i) held[r][i] = load_columns<U, S>(rows[r], i, width);
-    }
-    const auto columns = [&](int r, int i) {
-      if constexpr (kHold<S>) return held[r][i];
-      else return load_columns<U, S>(rows[r], i, width);
-    };
-    float squares[ROWS] = {};
-    if (side.weight) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < S::LOADS; ++i) {
-          const Vec<U, S::VEC> h = columns(r, i);
-#pragma unroll
-          for (int v = 0; v < S::VEC; ++v) squares[r] += to_float(h.values[v]) * to_float(h.values[v]);
-        }
-      block_sum(squares, scratch);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const float rstd = side.weight ? rsqrtf(squares[r] / width + side.eps) : 1.0f;
-#pragma unroll
-      for (int i = 0; i < S::LOADS; ++i) {
-        const Vec<U, S::VEC> h = columns(r, i);
-#pragma unroll
-        for (int v = 0; v < S::VEC; ++v) sum.loads[i].values[v] += to_float(h.values[v]) * rstd;
-      }
-    }
-  }
-  apply_gain<U, S>(sum, side, 1.0f / static_cast<float>(end - begin), width);
-  return sum;
-}
-
-// The same for the teacher, whose dtype may be another.
-template <typename S, int ROWS>
-__device__ Columns<S> teacher_mean(const SpanSide& side, int64_t begin, int64_t end, int width) {
-  if (side.dtype == DType::kFloat32) return bag_mean<float, S, ROWS>(side, begin, end, width);
-  if (side.dtype == DType::kFloat16) return bag_mean<__half, S, ROWS>(side, begin, end, width);
-  return bag_mean<__nv_bfloat16, S, ROWS>(side, begin, end, width);
-}
-
-__device__ inline int64_t bag_begin(const SpanSide& side, int64_t s) { return side.offsets ? side.offsets[s] : s; }
-
-__device__ inline Angles angles_of(float xx, float tt, float xt) {
-  Angles a{sqrtf(xx), sqrtf(tt), 0.0f};
-  const float product = a.x_norm * a.t_norm;
-  if (product > 0.0f) a.cosine = xt / product;
-  return a;
-}
-
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
     distillation_spans_kernel(const SpanSide student, const SpanSide teacher, const LossShape shape, int64_t num_spans,
                               float* sums, float* scratch_rows) {
   __shared__ Vec<float, 4> scratch[kMaxWarps];
-  const int width = static_cast<int>(shape.width);
   constexpr int ROWS = kHold<S> ? 2 : 1;
-  Parked<S> x{{}, scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width, width};
   float total[kFigures] = {};
   for (int64_t s = blockIdx.x; s < num_spans; s += gridDim.x) {
+    const int width = fresh<S>(static_cast<int>(shape.width));
     const int64_t begin = bag_begin(student, s), end = bag_begin(student, s + 1);
     const int64_t teacher_begin = bag_begin(teacher, s), teacher_end = bag_begin(teacher, s + 1);
     if (begin >= end || teacher_begin >= teacher_end) continue;
+    Parked<S> x{{}, scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width, width};
     x.set(bag_mean<T, S, ROWS>(student, begin, end, width));
     const Columns<S> t = teacher_mean<S, ROWS>(teacher, teacher_begin, teacher_end, width);
     float parts[4] = {};  // l (but for cosine), x * x, t * t, x * t
@@ -280,14 +122,14 @@ template <typename T, typename S>
 __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
     distillation_backward_kernel(const BackwardArgs args, T* grad_hidden) {
   __shared__ Vec<float, 1> scratch[kMaxWarps];
-  const int width = args.rows.width;
   const bool normed = args.rows.weight == nullptr;
   const Chunk c = find_chunk(args.rows, blockIdx.x);
   if (c.begin >= c.end) return;
   const bool alive = c.sentence < args.rows.num_sentences;
   constexpr int ROWS = kHoldToken<S> ? 2 : 1;
-  float* memory = args.scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * width;
+  float* memory = args.scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * args.rows.width;
   for (int token = c.begin; token < c.end; ++token) {
+    int width = fresh<S>(args.rows.width);
     const T* row = alive ? row_of<T, S>(args.student, token) : nullptr;  // the tail is not read
     Vec<T, S::VEC> held[S::LOADS];
     if constexpr (kHoldToken<S>) {
@@ -330,7 +172,7 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       const int64_t begin = bag_begin(args.student, s), end = bag_begin(args.student, s + 1);
       const int64_t teacher_begin = bag_begin(args.teacher, s), teacher_end = bag_begin(args.teacher, s + 1);
       if (teacher_begin >= teacher_end) continue;
-      if (end - begin == 1) {
+      if (S::VEC > 1 && end - begin == 1) {  // single columns have no registers for it
         Columns<S> alone;
 #pragma unroll
         for (int i = 0; i < S::LOADS; ++i) {
@@ -345,9 +187,11 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       }
       const Columns<S> t = teacher_mean<S, ROWS>(args.teacher, teacher_begin, teacher_end, width);
       const float coefficient = *args.grad_loss * *args.span_scale / static_cast<float>(end - begin);
+      dy.width = x.width = width = fresh<S>(width);
       add_gradient<S>(dy, x, t, coefficient, args.shape, width);
     }
 
+    dy.width = width = fresh<S>(width);
     float along[1] = {};
     if (alive && !normed) {
       // The sum over a block's tokens stays in its own row: registers are for the vectors.
@@ -374,6 +218,7 @@ __global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
       }
       block_sum(along, scratch);
       along[0] *= rstd * rstd / width;
+      dy.width = width = fresh<S>(width);
     }
 #pragma unroll
     for (int i = 0; i < S::LOADS; ++i) {
@@ -412,8 +257,8 @@ Status distillation_spans(const SpanSide& student, const SpanSide& teacher, cons
   return dispatch(student.dtype, rows, wide_rows(student, teacher), [&](auto t, auto s) -> Status {
     using T = decltype(t);
     using S = decltype(s);
-    distillation_spans_kernel<T, S><<<blocks, block_threads<S>(shape.width), 0, stream>>>(student, teacher, shape, num_spans, sums,
-                                                                                 scratch);
+    const int64_t size = block_threads<S>(shape.width);
+    distillation_spans_kernel<T, S><<<blocks, size, 0, stream>>>(student, teacher, shape, num_spans, sums, scratch);
     return cudaGetLastError();
   });
 }
@@ -431,7 +276,8 @@ Status distillation_backward(const SpanSide& student, const SpanSide& teacher, c
   return dispatch(student.dtype, rows, wide, [&](auto t, auto s) -> Status {
     using T = decltype(t);
     using S = decltype(s);
-    distillation_backward_kernel<T, S><<<slots(rows), block_threads<S>(shape.width), 0, stream>>>(args, static_cast<T*>(grad_hidden));
+    const int64_t size = block_threads<S>(shape.width);
+    distillation_backward_kernel<T, S><<<slots(rows), size, 0, stream>>>(args, static_cast<T*>(grad_hidden));
     return cudaGetLastError();
   });
 }

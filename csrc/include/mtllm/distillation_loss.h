@@ -36,8 +36,8 @@ Status distillation_spans(const SpanSide& student, const SpanSide& teacher, cons
 
 // grad_hidden [T, D] of the student's dtype, contiguous, every element written; grad_pooled [B, D], grad_loss and span_scale
 // are fp32. The spans of token t are token_spans[token_offsets[t] : token_offsets[t + 1]]; token_offsets null: no spans.
-// grad_weight [T / chunk + B + 1, D] fp32, zero before, or null: its sum over the slots is the gain's gradient. scratch [T / chunk + B + 1, 2, D]
-// fp32, as above.
+// grad_weight [T / chunk + B + 1, D] fp32, zero before, or null: its sum over the slots is the gain's gradient.
+// scratch [T / chunk + B + 1, 2, D] fp32, as above.
 Status distillation_backward(const SpanSide& student, const SpanSide& teacher, const LossShape& shape,
                              const float* grad_loss, const float* span_scale, const float* grad_pooled,
                              const std::int32_t* cu_seqlens, const std::int64_t* token_offsets,
