@@ -13,7 +13,7 @@ namespace {
 constexpr int kFigures = 4;  // sums of losses, of cosines, of differences of norms, how many
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
+__global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
     distillation_spans_kernel(const SpanSide student, const SpanSide teacher, const LossShape shape, int64_t num_spans,
                               float* sums, float* scratch_rows) {
   __shared__ Vec<float, 4> scratch[kMaxWarps];
@@ -91,7 +91,7 @@ __device__ void add_gradient(Parked<S>& dy, const Parked<S>& x, const Columns<S>
   }
   block_sum(parts, scratch);
   const Angles angles = angles_of(parts[0], parts[1], parts[2]);
-  if (!(angles.x_norm * angles.t_norm > 0.0f)) return;  // a zero vector has no direction
+  if (angles.x_norm * angles.t_norm == 0.0f) return;  // a zero vector has no direction
   const float along = angles.cosine / angles.x_norm, across = 1.0f / angles.t_norm;
   coefficient /= angles.x_norm;
 #pragma unroll
@@ -119,7 +119,7 @@ struct BackwardArgs {
 
 // dh_t = rstd_t (g - xhat_t mean(g xhat_t)) with g = gain * dy_t, dy_t from the token's sentence and its spans.
 template <typename T, typename S>
-__global__ void __launch_bounds__(S::MAX_THREADS, kMinBlocks<S>)
+__global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
     distillation_backward_kernel(const BackwardArgs args, T* grad_hidden) {
   __shared__ Vec<float, 1> scratch[kMaxWarps];
   const bool normed = args.rows.weight == nullptr;
@@ -257,6 +257,7 @@ Status distillation_spans(const SpanSide& student, const SpanSide& teacher, cons
   return dispatch(student.dtype, rows, wide_rows(student, teacher), [&](auto t, auto s) -> Status {
     using T = decltype(t);
     using S = decltype(s);
+    if (S::VEC == 1 && shape.width > kMaxUnaligned) return kUnsupportedArgument;
     const int64_t size = block_threads<S>(shape.width);
     distillation_spans_kernel<T, S><<<blocks, size, 0, stream>>>(student, teacher, shape, num_spans, sums, scratch);
     return cudaGetLastError();
@@ -276,6 +277,7 @@ Status distillation_backward(const SpanSide& student, const SpanSide& teacher, c
   return dispatch(student.dtype, rows, wide, [&](auto t, auto s) -> Status {
     using T = decltype(t);
     using S = decltype(s);
+    if (S::VEC == 1 && shape.width > kMaxUnaligned) return kUnsupportedArgument;
     const int64_t size = block_threads<S>(shape.width);
     distillation_backward_kernel<T, S><<<slots(rows), size, 0, stream>>>(args, static_cast<T*>(grad_hidden));
     return cudaGetLastError();

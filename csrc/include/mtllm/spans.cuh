@@ -18,10 +18,15 @@ constexpr bool kHoldToken = S::PER_THREAD < 16;
 template <typename S>
 constexpr int kMinBlocks = kHold<S> ? 2 : 1;
 
+// Single columns take twice the registers for addresses and masks, so a block has half the threads, and half the width.
+template <typename S>
+constexpr int kBlock = S::VEC == 1 ? 256 : S::MAX_THREADS;
+constexpr int64_t kMaxUnaligned = 8192;
+
 // The first column of one of this thread's loads. A stride that the compiler knows costs no registers.
 template <typename S>
 __device__ int own_column(int load) {
-  return (load * S::MAX_THREADS + threadIdx.x) * S::VEC;
+  return (load * kBlock<S> + threadIdx.x) * S::VEC;
 }
 
 // The width, which the compiler cannot know to be the same as in the last iteration: with one column per load it would
@@ -34,7 +39,7 @@ __device__ int fresh(int width) {
 
 template <typename S>
 int64_t block_threads(int64_t width) {
-  return std::min<int64_t>(S::MAX_THREADS, divide_up(divide_up(width, S::VEC), kWarp) * kWarp);
+  return std::min<int64_t>(kBlock<S>, divide_up(divide_up(width, S::VEC), kWarp) * kWarp);
 }
 
 // This thread's columns of one vector.
@@ -172,7 +177,7 @@ __device__ inline int64_t bag_begin(const SpanSide& side, int64_t s) { return si
 __device__ inline Angles angles_of(float xx, float tt, float xt) {
   Angles a{sqrtf(xx), sqrtf(tt), 0.0f};
   const float product = a.x_norm * a.t_norm;
-  if (product > 0.0f) a.cosine = xt / product;
+  if (product != 0.0f) a.cosine = xt / product;
   return a;
 }
 

@@ -28,7 +28,7 @@ LINT_CASES = (
     CudaCase(
         r"distillation_(spans|backward)_kernel.*Li[48]E", max_registers=128, must_contain=(r"LDG\.E(\.\w+)*\.128",)
     ),
-    CudaCase(r"distillation_(spans|backward)_kernel.*Li1E", max_registers=128),
+    CudaCase(r"distillation_(spans|backward)_kernel.*Li1E", max_registers=255),
 )
 
 

@@ -29,10 +29,20 @@ from mtllm_fast.ops.distillation_loss.inputs import (
 from mtllm_fast.ops.norm_pool.reference import wide
 from mtllm_fast.ops.norm_pool.schema import why_not_kernels
 
+_MAX_UNALIGNED = 8192  # of the CUDA kernel
+
+
+def _why_not_cuda(hidden_states: Tensor) -> str | None:
+    width = hidden_states.shape[1]
+    if width > _MAX_UNALIGNED and width * hidden_states.element_size() % 16:
+        return f"it takes rows that are no multiple of 16 bytes up to {_MAX_UNALIGNED} wide, and these have {width}"
+    return native.why_not_cuda(hidden_states) or why_not_kernels(hidden_states)
+
+
 BACKENDS = Backends(
     "distillation_loss",
     {
-        "cuda": lambda hidden_states: native.why_not_cuda(hidden_states) or why_not_kernels(hidden_states),
+        "cuda": _why_not_cuda,
         "triton": lambda hidden_states: why_not_triton(hidden_states) or why_not_kernels(hidden_states),
         "reference": lambda hidden_states: None,
     },
