@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
   constexpr int ROWS = kHold<S> ? 2 : 1;
   float total[kFigures] = {};
   for (int64_t s = blockIdx.x; s < num_spans; s += gridDim.x) {
-    const int width = fresh<S>(static_cast<int>(shape.width));
+    const int width = static_cast<int>(shape.width);
     const int64_t begin = bag_begin(student, s), end = bag_begin(student, s + 1);
     const int64_t teacher_begin = bag_begin(teacher, s), teacher_end = bag_begin(teacher, s + 1);
     if (begin >= end || teacher_begin >= teacher_end) continue;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
   constexpr int ROWS = kHoldToken<S> ? 2 : 1;
   float* memory = args.scratch_rows + static_cast<int64_t>(blockIdx.x) * 2 * args.rows.width;
   for (int token = c.begin; token < c.end; ++token) {
-    int width = fresh<S>(args.rows.width);
+    const int width = args.rows.width;
     const T* row = alive ? row_of<T, S>(args.student, token) : nullptr;  // the tail is not read
     Vec<T, S::VEC> held[S::LOADS];
     if constexpr (kHoldToken<S>) {
@@ -187,11 +187,8 @@ __global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
       }
       const Columns<S> t = teacher_mean<S, ROWS>(args.teacher, teacher_begin, teacher_end, width);
       const float coefficient = *args.grad_loss * *args.span_scale / static_cast<float>(end - begin);
-      dy.width = x.width = width = fresh<S>(width);
       add_gradient<S>(dy, x, t, coefficient, args.shape, width);
     }
-
-    dy.width = width = fresh<S>(width);
     float along[1] = {};
     if (alive && !normed) {
       // The sum over a block's tokens stays in its own row: registers are for the vectors.
@@ -218,7 +215,6 @@ __global__ void __launch_bounds__(kBlock<S>, kMinBlocks<S>)
       }
       block_sum(along, scratch);
       along[0] *= rstd * rstd / width;
-      dy.width = width = fresh<S>(width);
     }
 #pragma unroll
     for (int i = 0; i < S::LOADS; ++i) {

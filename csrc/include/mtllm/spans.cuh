@@ -29,14 +29,6 @@ __device__ int own_column(int load) {
   return (load * kBlock<S> + threadIdx.x) * S::VEC;
 }
 
-// The width, which the compiler cannot know to be the same as in the last iteration: with one column per load it would
-// otherwise keep every comparison of a column with it, in more registers than there are.
-template <typename S>
-__device__ int fresh(int width) {
-  if constexpr (S::VEC == 1) asm volatile("" : "+r"(width));
-  return width;
-}
-
 template <typename S>
 int64_t block_threads(int64_t width) {
   return std::min<int64_t>(kBlock<S>, divide_up(divide_up(width, S::VEC), kWarp) * kWarp);
@@ -115,11 +107,10 @@ __device__ Vec<U, S::VEC> load_columns(const U* row, int load, int width) {
 
 // The mean of y over the rows begin to end of a side's indices; ROWS are in flight.
 template <typename U, typename S, int ROWS>
-__device__ Columns<S> bag_mean(const SpanSide& side, int64_t begin, int64_t end, int same_width) {
+__device__ Columns<S> bag_mean(const SpanSide& side, int64_t begin, int64_t end, int width) {
   __shared__ Vec<float, ROWS> scratch[kMaxWarps];
   Columns<S> sum = {};
   for (int64_t first = begin; first < end; first += ROWS) {
-    const int width = fresh<S>(same_width);
     const U* rows[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -160,7 +151,7 @@ __device__ Columns<S> bag_mean(const SpanSide& side, int64_t begin, int64_t end,
       }
     }
   }
-  apply_gain<U, S>(sum, side, 1.0f / static_cast<float>(end - begin), fresh<S>(same_width));
+  apply_gain<U, S>(sum, side, 1.0f / static_cast<float>(end - begin), width);
   return sum;
 }
 
