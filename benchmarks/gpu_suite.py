@@ -104,10 +104,13 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         ),
         Stage("tests-model", 60, (pytest_command("tests/test_gpu.py"),)),
         Stage("tests-ops", 90, (pytest_command("tests/test_norm_pool.py", "tests/test_varlen_attention.py"),)),
+        Stage("tests-loss", 150, (pytest_command("tests/test_distillation_loss.py", "tests/test_token_kl_loss.py"),)),
         Stage("tests-stack", 120, (pytest_command("tests/test_stack_projection.py"),)),
         encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
         ops("ops-stack", 100, "bench_stack_projection.py"),
         ops("ops-pool", 40, "bench_norm_pool.py"),
+        ops("ops-loss", 60, "bench_distillation_loss.py"),
+        ops("ops-token-kl", 40, "bench_token_kl_loss.py"),
         ops("ops-attention", 40, "bench_varlen_attention.py"),
         Stage(
             "sanitizer",

@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from mtllm_fast import norm_pool, stack_projection
+from mtllm_fast import distillation_loss, norm_pool, stack_projection
 from mtllm_fast.ops.stack_projection import StackWeights
 
 WIDTHS = (1, 41, 256, 2000)
@@ -32,6 +32,28 @@ def run_norm_pool(width: int, dtype: torch.dtype, pooling: str) -> None:
         results.append((pooled.detach(), *torch.autograd.grad(pooled, (hidden, gain), grad)))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+
+
+def run_distillation_loss(width: int, dtype: torch.dtype, kind: str) -> None:
+    """Overlapping, repeated and empty spans; without a norm at width 1, where every normed value is near one."""
+    tokens = sum(LENGTHS)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32, device="cuda")
+    states, teacher = (torch.randn(tokens + TAIL, width + 8, dtype=dtype).cuda()[:, :width] for _ in range(2))
+    gain = None if width == 1 else torch.randn(width, dtype=dtype).cuda()
+    indices = torch.tensor([0, 1, 1, 70, 70, 5, 73], device="cuda")
+    offsets = torch.tensor([0, 1, 3, 3, 6, 7], device="cuda")
+    results = []
+    for backend in ("cuda", "reference"):
+        hidden = states.detach().requires_grad_()
+        out = distillation_loss(
+            hidden, gain, cu_seqlens, teacher_states=teacher, teacher_weight=gain, teacher_cu_seqlens=cu_seqlens,
+            span_indices=indices, span_offsets=offsets, teacher_span_indices=indices, teacher_span_offsets=offsets,
+            kind=kind, backend=backend,
+        )  # fmt: skip
+        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, hidden)))
+    for ours, reference in zip(*results, strict=True):
+        scale = reference.abs().max().item() + 1e-6
+        torch.testing.assert_close(ours / scale, reference / scale, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 # (T, d, D, head_dim): one token, part of a tile, more than the kernel for few tokens takes.
@@ -66,11 +88,17 @@ def main() -> None:
     cases = list(itertools.product(WIDTHS, TOLERANCE, ("mean", "cls", "eos")))
     for width, dtype, pooling in cases:
         run_norm_pool(width, dtype, pooling)
+    losses = list(itertools.product(WIDTHS, TOLERANCE, ("mse", "smooth_l1", "cosine")))
+    for width, dtype, kind in losses:
+        run_distillation_loss(width, dtype, kind)
     stacks = list(itertools.product(STACKS, (torch.bfloat16, torch.float16)))
     for sizes, dtype in stacks:
         run_stack_projection(*sizes, dtype)
     torch.cuda.synchronize()
-    print(f"norm_pool: {len(cases)} cases, stack_projection: {len(stacks)}, forward and backward")
+    print(
+        f"norm_pool: {len(cases)} cases, distillation_loss: {len(losses)}, stack_projection: {len(stacks)}, "
+        "forward and backward"
+    )
 
 
 if __name__ == "__main__":
