@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtllm_fast import DataCollatorForSelfDistillation, SpanAlignment, align_spans
 from mtllm_fast.core.errors import UnknownLanguageError
-from mtllm_fast.text.tokenization import load_tokenizer
+from mtllm_fast.text.tokenization import load_tokenizer, tokenize
 from mtllm_fast.tiny import article_1, tiny_path
 
 TEXTS = [*article_1().values()][:12]
@@ -54,11 +54,11 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("max_length", [3, 20, 512])
 def test_the_batch_is_each_text_tokenised_alone(tokenizers, max_length):
     llm, encoder = copy.deepcopy(tokenizers)
-    encoder.src_lang = "swh_Latn"
     batch = collator(tokenizers, src_lang="sw", max_length=max_length)(TEXTS)
     assert batch.keys() == KEYS
-    for prefix, tokenizer in (("", llm), ("encoder_", encoder)):
-        alone = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in TEXTS]
+    llm_ids = [llm(text, truncation=True, max_length=max_length)["input_ids"] for text in TEXTS]
+    encoder_ids = [tokenize(encoder, [text], ["swh_Latn"], max_length).ids.tolist() for text in TEXTS]
+    for prefix, alone in (("", llm_ids), ("encoder_", encoder_ids)):
         assert rows(batch, prefix) == alone
         assert batch[f"{prefix}input_ids"].dtype == torch.int64
         assert batch[f"{prefix}cu_seqlens"].dtype == torch.int32
@@ -231,9 +231,9 @@ def test_bad_arguments(tokenizers):
         collator((tokenizers[1], tokenizers[0]))
     with pytest.raises(TypeError, match=r"llm_tokenizer must be a fast tokenizer, .*, got str"):
         collator(("meta-llama/Llama-3.1-8B", tokenizers[1]))
-    tokenizers[1].legacy_behaviour = True
-    with pytest.raises(ValueError, match=r"must write \[eng_Latn\] tokens </s>.*makes \['</s>', 'eng_Latn'\]"):
-        collator(tokenizers)
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizers[1].backend_tokenizer)
+    with pytest.raises(ValueError, match=r"encoder_tokenizer must have an end token \(eos_token\), this \w+ has none"):
+        collator((tokenizers[0], endless))
 
 
 def test_a_slow_tokenizer_is_refused(tokenizers):

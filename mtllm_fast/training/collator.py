@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding
 
 from mtllm_fast.core.errors import UnknownLanguageError
@@ -46,8 +47,8 @@ class DataCollatorForSelfDistillation:
 
     Raises:
         TypeError: a tokenizer that is not fast.
-        ValueError: ``max_length`` below 3, or an encoder tokenizer that does not write ``[src_lang] tokens </s>``.
-        UnknownLanguageError: names the nearest codes.
+        ValueError: ``max_length`` below 3, or an encoder tokenizer without an end token.
+        UnknownLanguageError: names the nearest codes, or the tokenizer has no token for the language.
 
     >>> from transformers import AutoTokenizer
     >>> from mtllm_fast.tiny import tiny_path
@@ -125,16 +126,16 @@ class DataCollatorForSelfDistillation:
 
 
 def _copy_of(name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, language: str | None = None) -> Any:
-    """A copy whose Rust tokenizer truncates and, for the encoder, puts the language in front."""
+    """A copy whose Rust tokenizer truncates and, for the encoder, writes ``[language] tokens </s>``."""
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
             f"{name} must be a fast tokenizer, whose offsets align the two sides, got {type(tokenizer).__name__}"
         )
     own: Any = copy.deepcopy(tokenizer)
     own.truncation_side = "right"  # both sides must keep the same end of a document
+    own("", truncation=True, max_length=max_length, padding=False)  # leaves this state behind, and its own language
     if language is not None:
         _set_language(name, own, language)
-    own("", truncation=True, max_length=max_length, padding=False)  # leaves this state behind
     return own
 
 
@@ -142,12 +143,13 @@ def _set_language(name: str, own: Any, language: str) -> None:
     language_id = own.backend_tokenizer.token_to_id(language)
     if language_id is None:
         raise UnknownLanguageError(f"{name}, a {type(own).__name__}, has no token for {language!r}")
-    own.src_lang = language
-    if own("")["input_ids"] != [language_id, own.eos_token_id]:
-        raise ValueError(
-            f"{name} must write [{language}] tokens </s>, which NLLB was trained on; this {type(own).__name__} makes "
-            f"{own('').tokens()} of an empty text (legacy_behaviour must be false)"
-        )
+    if own.eos_token is None:
+        raise ValueError(f"{name} must have an end token (eos_token), this {type(own).__name__} has none")
+    # Not by src_lang, which means nothing to the class that transformers 5.2 loads NLLB's files in.
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[language, "$A", own.eos_token],
+        special_tokens=[(language, language_id), (own.eos_token, own.eos_token_id)],
+    )
 
 
 def _encode(own: Any, texts: list[str]) -> list[Encoding]:
