@@ -74,7 +74,8 @@ def backward(
     for b, start, stop in sentence_blocks(h, cu_seqlens):
         dy, out = grad_pooled[b], grad_hidden[start:stop]
         if by_span is not None:
-            dy = _from_spans(*by_span, start, stop, options).add_(dy)
+            of_spans = _from_spans(*by_span, start, stop, options)
+            dy = of_spans.add_(dy) if options.sequence_weight else of_spans
         if weight is None:
             out.copy_(dy)
             continue
