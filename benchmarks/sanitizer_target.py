@@ -44,13 +44,14 @@ def run_distillation_loss(width: int, dtype: torch.dtype, kind: str) -> None:
     offsets = torch.tensor([0, 1, 3, 3, 6, 7], device="cuda")
     results = []
     for backend in ("cuda", "reference"):
-        hidden = states.detach().requires_grad_()
+        leaves = [tensor.detach().requires_grad_() for tensor in (states, gain) if tensor is not None]
         out = distillation_loss(
-            hidden, gain, cu_seqlens, teacher_states=teacher, teacher_weight=gain, teacher_cu_seqlens=cu_seqlens,
+            leaves[0], None if gain is None else leaves[1], cu_seqlens,
+            teacher_states=teacher, teacher_weight=gain, teacher_cu_seqlens=cu_seqlens,
             span_indices=indices, span_offsets=offsets, teacher_span_indices=indices, teacher_span_offsets=offsets,
             kind=kind, backend=backend,
         )  # fmt: skip
-        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, hidden)))
+        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaves)))
     for ours, reference in zip(*results, strict=True):
         scale = reference.abs().max().item() + 1e-6
         torch.testing.assert_close(ours / scale, reference / scale, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
@@ -88,7 +89,7 @@ def main() -> None:
     cases = list(itertools.product(WIDTHS, TOLERANCE, ("mean", "cls", "eos")))
     for width, dtype, pooling in cases:
         run_norm_pool(width, dtype, pooling)
-    losses = list(itertools.product(WIDTHS, TOLERANCE, ("mse", "smooth_l1", "cosine")))
+    losses = list(itertools.product((*WIDTHS, 5120), TOLERANCE, ("mse", "smooth_l1", "cosine")))
     for width, dtype, kind in losses:
         run_distillation_loss(width, dtype, kind)
     stacks = list(itertools.product(STACKS, (torch.bfloat16, torch.float16)))

@@ -71,8 +71,10 @@ __device__ void add_gradient(Parked<S>& dy, const Parked<S>& x, const Columns<S>
       const Vec<float, S::VEC> own = x.get(i);
       Vec<float, S::VEC> sum = dy.get(i);
 #pragma unroll
-      for (int v = 0; v < S::VEC; ++v)
-        sum.values[v] += coefficient * fminf(fmaxf(own.values[v] - t.loads[i].values[v], -limit), limit);
+      for (int v = 0; v < S::VEC; ++v) {
+        const float error = own.values[v] - t.loads[i].values[v];
+        sum.values[v] += coefficient * (error < -limit ? -limit : error > limit ? limit : error);  // NaN stays NaN
+      }
       dy.set(i, sum);
     }
     return;

@@ -265,6 +265,20 @@ def test_a_state_that_is_not_finite_is_seen(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_is_not_finite_is_seen_in_the_gradient(backend, kind, device):
+    problem = make_problem(
+        device=device, norm=False, lengths=(2, 3), teacher_lengths=(2, 2), spans=([[0], [3]], [[0], [2]])
+    )
+    problem.teacher[2, 3] = float("nan")
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        found = run(problem, backend, kind=kind, sequence_weight=weights[0], span_weight=weights[1])
+        assert found["loss"].isnan()
+        assert found["grad of hidden_states"][3].isnan().any()
+        assert found["grad of hidden_states"][:2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_results_repeat(backend, device):
     problem = make_problem(device=device)
     first, second = run(problem, backend), run(problem, backend)
@@ -416,7 +430,7 @@ def test_whoever_watches_sees_the_op():
         ({"span_offsets": None}, ValueError, "came without span_offsets"),
         ({"span_indices": csr(SPANS)[0].int()}, TypeError, "span_indices must be int64, got int32"),
         ({"teacher_span_offsets": csr(SPANS[1:])[1]}, ValueError, r"teacher_span_offsets must be \[11\], got \[10\]"),
-        ({"span_indices": torch.tensor([500])}, ValueError, "span_indices holds 500"),
+        ({"span_indices": torch.tensor([500])}, ValueError, "span_indices holds 500; the sentences have 122"),
         ({"teacher_weight": torch.ones(64, dtype=torch.int32)}, TypeError, "teacher_weight must be float32"),
         ({"cu_seqlens": cu_seqlens_of(LENGTHS).to("meta")}, ValueError, "must be on"),
     ],

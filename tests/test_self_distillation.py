@@ -230,6 +230,36 @@ def test_bad_stacks_and_weights():
         MTLLMForSelfDistillation(headless)
 
 
+def test_what_a_trainer_asks_for():
+    joint = MTLLMForSelfDistillation(with_lora(new_stack("llama"))).train()
+    expected = joint(**llm_batch()).loss
+    joint.gradient_checkpointing_enable({"use_reentrant": False})
+    assert joint.mtllm.is_gradient_checkpointing
+    found = joint(**llm_batch(), return_loss=True).loss
+    found.backward()
+    assert relative_error(found.detach(), expected.detach()) < 1e-6
+    joint.gradient_checkpointing_disable()
+    joint._is_replica = True
+    with pytest.raises(RuntimeError, match="one process per GPU"):
+        joint(**llm_batch())
+
+
+def test_a_trained_stack_is_saved_whole(tmp_path):
+    joint = MTLLMForSelfDistillation(with_lora(new_stack("llama"))).eval()
+    with torch.no_grad():
+        joint.mtllm.up_proj.weight.mul_(1.5)
+        inputs = batch()
+        expected = joint.mtllm(**inputs).pooler_output
+        joint.stack.merge_and_unload().save_pretrained(tmp_path)
+        assert relative_error(MTLLM.from_pretrained(tmp_path)(**inputs).pooler_output, expected) < 1e-5
+
+
+def test_adapters_in_the_encoder_are_refused():
+    everywhere = peft.get_peft_model(new_stack("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the encoder has PEFT adapters"):
+        MTLLMForSelfDistillation(everywhere)
+
+
 def test_a_fused_stack_is_unfused_first():
     model = new_stack("llama").eval()
     plain = MTLLMForSelfDistillation(model).eval()

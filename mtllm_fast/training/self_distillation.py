@@ -16,7 +16,7 @@ from mtllm_fast.models.towers import evaluating, run_llm, run_other_llm
 from mtllm_fast.ops.distillation_loss import distillation_loss
 from mtllm_fast.packing import PackedLayout, packing_from_mask
 from mtllm_fast.text.alignment import SpanAlignment
-from mtllm_fast.training.adapters import adapter_parameters, adapters_off
+from mtllm_fast.training.adapters import adapter_modules, adapter_parameters, adapters_off
 
 
 @dataclass
@@ -90,6 +90,11 @@ class MTLLMForSelfDistillation(nn.Module):
             )
         self.sequence_weight, self.span_weight = sequence_weight, span_weight
         self.options: dict[str, Any] = {"kind": kind, "beta": beta, "backend": backend}
+        if adapter_modules(model.nllb_encoder):
+            raise ValueError(
+                "the encoder has PEFT adapters, and it is not trained: give target_modules that name the LLM's alone, "
+                "such as r'.*llm2vec.*(q|k|v|o|gate|up|down)_proj'"
+            )
         model.nllb_encoder.requires_grad_(False)
         adapters = adapter_parameters(model.llm2vec)
         for parameter in model.llm2vec.parameters():
@@ -108,6 +113,13 @@ class MTLLMForSelfDistillation(nn.Module):
             raise TypeError(f"stack must be an MTLLM, plain or wrapped by PEFT, got {type(self.stack).__name__}")
         return model
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Of the stack; a ``Trainer`` calls it."""
+        self.mtllm.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.mtllm.gradient_checkpointing_disable()
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -122,8 +134,11 @@ class MTLLMForSelfDistillation(nn.Module):
         encoder_max_seqlen: int | None = None,
         teacher_pooled: Tensor | None = None,
         teacher_spans: Tensor | None = None,
+        return_loss: bool = True,
     ) -> SelfDistillationOutput:
         """The loss of one batch. ``DataCollatorForSelfDistillation`` makes its arguments from texts.
+
+        Tensors on another device than the model's are moved there.
 
         Args:
             input_ids: the LLM's tokens, padded ``[N, L]`` with ``attention_mask`` (default: every token is real), or
@@ -131,12 +146,15 @@ class MTLLMForSelfDistillation(nn.Module):
             encoder_input_ids: the encoder's tokens of the same texts, ``[src_lang] tokens </s>``, likewise (the
                 default mask: wherever they are not the padding id).
             spans: which packed tokens say the same, from ``align_spans``; needed where ``span_weight`` is not 0.
+            return_loss: changes nothing; it tells a ``Trainer`` that evaluation has a loss without labels.
             teacher_pooled: ``[N, D]`` instead of ``input_ids``: what the teacher said of these texts before, and
                 ``teacher_spans`` ``[S, D]`` where spans are used.
 
         Raises:
             ValueError, TypeError: inputs that do not fit together; see ``MTLLM.forward``.
         """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel cuts packed batches in two: run one process per GPU (torchrun)")
         model = self.mtllm
         if (spans is None) and self.span_weight:
             raise ValueError(f"span_weight is {self.span_weight}: pass spans, from align_spans or the collator")
@@ -145,6 +163,13 @@ class MTLLMForSelfDistillation(nn.Module):
         if encoder_input_ids is None:
             raise ValueError("encoder_input_ids are missing: the student reads them")
         model.unfuse()  # the teacher runs the layers as they are
+        tensors = (
+            input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, cu_seqlens, encoder_cu_seqlens,
+            teacher_pooled, teacher_spans,
+        )  # fmt: skip
+        moved = [None if tensor is None else tensor.to(model.device) for tensor in tensors]
+        input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, cu_seqlens, encoder_cu_seqlens = moved[:6]
+        teacher_pooled, teacher_spans = moved[6:]
         batch = prepare_inputs(
             model, encoder_input_ids, encoder_attention_mask, None, encoder_cu_seqlens, encoder_max_seqlen
         )

@@ -22,7 +22,8 @@ class DistillationLoss(NamedTuple):
     """Scalars in float32 (float64 for float64 states); only ``loss`` has a gradient.
 
     ``fvu``: mean((x − x')²) over the variance of the teacher's pooled vectors, mean((x' − mean_b x')²): the fraction of
-    variance unexplained. ``fvu_student`` divides by the student's variance instead. ``cosine`` and ``norm_difference``
+    variance unexplained (infinite for one sentence, which has no variance). ``fvu_student`` divides by the student's
+    variance instead. ``cosine`` and ``norm_difference``
     (|x| − |x'|) are means over sentences, their ``span_`` relatives over spans.
     """
 
@@ -83,9 +84,9 @@ def distillation_loss(
             ``teacher_weight`` and ``teacher_eps`` (default ``eps``) as for the student, None for normed states.
         teacher_pooled: ``[B, D]`` instead of states: the teacher's pooled vectors, and ``teacher_spans`` ``[S, D]``.
         span_indices: int64 ``[K]``, span s has the student's packed tokens
-            ``span_indices[span_offsets[s] : span_offsets[s + 1]]``; ``span_offsets`` ``[S + 1]``. Spans may overlap and
-            lie in any order. ``teacher_span_indices`` and ``teacher_span_offsets`` are the teacher's; not needed with
-            ``teacher_spans``. ``mtllm_fast.align_spans`` makes them.
+            ``span_indices[span_offsets[s] : span_offsets[s + 1]]``, tokens of sentences; ``span_offsets`` ``[S + 1]``.
+            Spans may overlap and lie in any order. ``teacher_span_indices`` and ``teacher_span_offsets`` are the
+            teacher's; not needed with ``teacher_spans``. ``mtllm_fast.align_spans`` makes them.
         sequence_weight, span_weight: of the two terms; the figures are the terms without them.
         kind: ``"mse"``, ``"smooth_l1"`` (with ``beta``) or ``"cosine"``.
         reduction: ``"mean"`` over sentences and over spans, or ``"sum"``.
@@ -188,21 +189,24 @@ def _check_spans(tensors: Tensors, D: int) -> None:
         check_shape(_OP, name, getattr(tensors, name), shapes[name])
         if name != "teacher_spans":
             check_dtype(_OP, name, getattr(tensors, name), (torch.int64,))
-    _check_values("", tensors.hidden_states, tensors.span_indices, tensors.span_offsets)
-    if tensors.teacher_states is not None:
-        _check_values("teacher_", tensors.teacher_states, tensors.teacher_span_indices, tensors.teacher_span_offsets)
+    _check_values("", tensors.cu_seqlens, tensors.span_indices, tensors.span_offsets)
+    if tensors.teacher_cu_seqlens is not None:
+        _check_values(
+            "teacher_", tensors.teacher_cu_seqlens, tensors.teacher_span_indices, tensors.teacher_span_offsets
+        )
 
 
-def _check_values(side: str, states: Tensor, indices: Tensor | None, offsets: Tensor | None) -> None:
+def _check_values(side: str, cu_seqlens: Tensor, indices: Tensor | None, offsets: Tensor | None) -> None:
     """On the host only: on a device it would wait, and a graph cannot."""
     assert indices is not None
     assert offsets is not None
-    if indices.device.type != "cpu" or watched(indices, offsets):
+    if indices.device.type != "cpu" or watched(cu_seqlens, indices, offsets):
         return
-    outside = indices[(indices < 0) | (indices >= states.shape[0])]
+    tokens = int(cu_seqlens[-1])
+    outside = indices[(indices < 0) | (indices >= tokens)]
     if len(outside):
         raise ValueError(
-            f"{_OP}: {side}span_indices holds {int(outside[0])}; there are {states.shape[0]} packed tokens"
+            f"{_OP}: {side}span_indices holds {int(outside[0])}; the sentences have {tokens} packed tokens"
         )
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(indices) or bool((offsets.diff() < 0).any()):
         raise ValueError(

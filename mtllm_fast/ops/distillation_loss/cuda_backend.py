@@ -21,6 +21,7 @@ from mtllm_fast.ops.norm_pool.chunks import chunk_tokens, num_slots
 from mtllm_fast.ops.norm_pool.cuda_backend import mean_of_normed, readable
 
 KINDS = {"mse": 0, "smooth_l1": 1, "cosine": 2}  # mtllm::LossKind
+_HELD_WIDTH = 4096
 _MAX_BLOCKS = 1024  # each goes through several spans: about eight per multiprocessor of a large GPU
 
 # By columns per load and per thread, as norm_pool's; two blocks of 256 threads fit a multiprocessor with 128 registers.
@@ -62,7 +63,7 @@ def backward(
     chunk = chunk_tokens(T, B)
     grad_hidden = h.new_empty(T, D)
     by_slot = torch.zeros(num_slots(T, B, chunk), D, dtype=torch.float32, device=h.device) if needs_weight else None
-    scratch = torch.empty(num_slots(T, B, chunk), 2, D, dtype=torch.float32, device=h.device)
+    scratch = _scratch(h, num_slots(T, B, chunk))
     sides, kept = _sides(student, teacher, spans)
     offsets, of_token = (None, None) if spans is None or spans_of_tokens is None else spans_of_tokens
     floats = [tensor.float().contiguous() for tensor in (grad_loss, saved.span_scale, saved.grad_pooled)]
@@ -87,7 +88,7 @@ def _sums_of_spans(student: Side, teacher: Side | Vectors, spans: Spans, options
     h, S = student.states, len(spans.offsets) - 1
     blocks = min(S, _MAX_BLOCKS)
     sums = torch.empty(blocks, 4, dtype=torch.float32, device=h.device)
-    scratch = torch.empty(blocks, 2, h.shape[1], dtype=torch.float32, device=h.device)
+    scratch = _scratch(h, blocks)
     sides, kept = _sides(student, teacher, spans)
     with guard(h):
         status = native.extension().distillation_spans(
@@ -117,13 +118,28 @@ def _sides(student: Side, teacher: Side | Vectors, spans: Spans | None) -> tuple
 
 
 def _side(side: Side, indices: Tensor | None, offsets: Tensor | None) -> tuple[Any, list[Tensor | None]]:
-    weight = None if side.weight is None else readable(side.weight, side.states)
+    states = _aligned(side.states)
+    weight = None if side.weight is None else _aligned(readable(side.weight, states))
     described = native.extension().span_side(
-        native.DTYPES[side.states.dtype], side.states.data_ptr(), side.states.stride(0), native.address(weight),
+        native.DTYPES[states.dtype], states.data_ptr(), states.stride(0), native.address(weight),
         weight is not None and weight.dtype == torch.float32, side.eps, native.address(indices),
         native.address(offsets),
     )  # fmt: skip
-    return described, [side.states, weight]
+    return described, [states, weight]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor whose rows the kernels can read 16 bytes at a time, copied if only its place in memory forbids it."""
+    if tensor.shape[-1] % 8 or (tensor.data_ptr() % 16 == 0 and (tensor.dim() == 1 or tensor.stride(0) % 8 == 0)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _scratch(h: Tensor, blocks: int) -> Tensor:
+    """Two vectors for each block, where its registers cannot hold them (spans.cuh: ``kHold``)."""
+    D = h.shape[1]
+    needed = D > _HELD_WIDTH or D % 8 != 0
+    return torch.empty(blocks if needed else 0, 2, D, dtype=torch.float32, device=h.device)
 
 
 def _narrow(side: Side) -> Side:

@@ -5,8 +5,8 @@ but the gradient of the states. Sums go through fixed programs in a fixed order,
 from the device.
 
 Floors at 4.3 TB/s for T=16384, D=4096, bf16 (derived, not yet measured): the pooled forward reads each side's states
-once, 8 KB a token, 134 MB, 31 µs a side; the backward reads h and writes dh, 268 MB, 62 µs. In both, spans add one read
-of each gathered row on either side.
+once, 8 KB a token, 134 MB, 31 µs a side; the backward reads h and writes dh, 268 MB, 62 µs. Spans add one read of
+each gathered row on either side; in the backward, which makes a span again for each of its tokens, n for n tokens.
 
 Names: ``i_`` index of a program or loop, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` a block of values.
 """
