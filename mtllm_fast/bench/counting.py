@@ -54,7 +54,7 @@ def counted_work(function: Callable[[], Any]) -> Work:
 
     >>> x = torch.empty(8, 16, device="meta")
     >>> counted_work(lambda: (x @ x.t()).relu())
-    Work(flops=4096, launches=2, bytes=1792)
+    Work(flops=2048, launches=2, bytes=1792)
     """
     counter = _Counter()
     with FlopCounterMode(display=False) as flops, counter:
@@ -62,14 +62,14 @@ def counted_work(function: Callable[[], Any]) -> Work:
     return Work(flops.get_total_flops(), counter.launches, counter.bytes)
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that live at once during a call beyond those before it, results included: what torch's allocator
-    gave out, inside of ops too (GPU: its high-water mark; CPU: every allocation, by the profiler).
+def peak_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes of a device that live at once during a call beyond those before it, results included: what torch's
+    allocator gave out, inside of ops too (GPU: its high-water mark; CPU: every allocation, by the profiler).
 
     >>> peak_bytes(lambda: torch.ones(1024).exp() + 1) // 4096
     2
     """
-    if torch.cuda.is_available():
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -129,6 +129,8 @@ class _Side:
         # Most of the time goes into the tokenizers' lists of Python objects, above all the pairs. Hence none is asked
         # for in vain, and each is read and dropped before the next, which reuses its memory.
         pairs = np.frombuffer(b"".join([_pairs(encoding.offsets) for encoding in encodings]), _PAIR)
+        if len(pairs) != lengths.sum():
+            raise RuntimeError(f"marshal of this Python writes {len(pairs)} pairs for {lengths.sum()} offsets")
         start, stop = pairs["start"].astype(np.int64), pairs["stop"].astype(np.int64)
         padding = np.array([_padding(encoding.attention_mask) for encoding in encodings], np.int64).reshape(-1, 2)
         begin = _begins(lengths - padding.sum(axis=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,7 @@ def explain(
     hidden_states: Tensor, weight: Tensor | None, cu_seqlens: Tensor, *, backend: str = "auto", **others: object
 ) -> Explanation:
     """Which backend serves this call of ``distillation_loss``, and why the others do not."""
+    inspect.signature(distillation_loss).bind(hidden_states, weight, cu_seqlens, **others)  # as a call would be refused
     check_shape(_OP, "hidden_states", hidden_states, ("T", "D"))
     return schema.BACKENDS.explain(backend, hidden_states)
 

@@ -38,8 +38,7 @@ def forward(student: Side, teacher: Side | Vectors, spans: Spans | None, options
     if isinstance(teacher, Vectors):
         target = teacher.pooled.float()
     else:
-        teacher = _narrow(teacher)
-        target, present = _pooled(teacher), present & (teacher.cu_seqlens.diff() > 0)
+        target, present = _pooled(_narrow(teacher)), present & (teacher.cu_seqlens.diff() > 0)
     figures, grad_pooled = sequence_term(pooled, target, present, options)
     span_scale = pooled.new_zeros(())
     if spans is not None:

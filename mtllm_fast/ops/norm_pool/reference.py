@@ -3,8 +3,9 @@
     pooled[b] = weight ⊙ Σ_t r_t x̂_t        x̂_t = h_t · rsqrt(mean(h_t²) + eps)
 
 over all tokens t of sentence b, with r_t = 1/L_b for mean, and 1 for the first (cls) or last (eos) token and 0 for the
-others. Computed in float32 (float64 for float64 inputs), rounded once at the end. Half precision is widened and
-gradients are made block by block of rows, in a core's cache: there is no ``[T, D]`` temporary.
+others. Computed in float32 (float64 for float64 inputs), rounded once at the end. On a CPU half precision is widened,
+and gradients are made, block by block of rows in a core's cache, without a ``[T, D]`` temporary. On a GPU the forward
+widens all rows at once, so that it waits for nothing; the backward waits for the lengths.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def pool(hidden_states: Tensor, cu_seqlens: Tensor, eps: float | None, pooling: 
     """Σ_t r_t x̂_t, or Σ_t r_t h_t for states that are normed already (eps is None); [B, D] in the wide dtype."""
     dtype = wide(hidden_states.dtype)
     sentence, r = _sentences(cu_seqlens, hidden_states.shape[0], dtype, pooling)
-    if hidden_states.dtype == dtype:
+    if hidden_states.dtype == dtype or not hidden_states.is_cpu:
+        hidden_states = hidden_states.to(dtype)
         tokens = torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
         r = r if eps is None else r * rstd_of(hidden_states, eps)
         # A weighted sum of rows per bag; the last bag is the tail that belongs to no sentence.

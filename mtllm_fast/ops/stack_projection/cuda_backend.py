@@ -57,8 +57,8 @@ def forward(
         up_bias = _readable(up_bias, e)
         with guard(e):
             status = native.extension().stack_products(
-                dtype, e.data_ptr(), d, up_weight.data_ptr(), _address(up_bias),
-                up_bias is not None and up_bias.dtype == torch.float32, weight.data_ptr(), _address(residual),
+                dtype, e.data_ptr(), d, up_weight.data_ptr(), native.address(up_bias),
+                up_bias is not None and up_bias.dtype == torch.float32, weight.data_ptr(), native.address(residual),
                 x.data_ptr(), raw.data_ptr(), squares.data_ptr(), shape, stream,
             )  # fmt: skip
         native.check("stack_projection products", status)
@@ -70,8 +70,8 @@ def forward(
     tables, kept = _rope_tables(cos, sin, position_ids, e)
     with guard(e):
         status = native.extension().stack_epilogue(
-            dtype, x.data_ptr(), _address(squares), raw.data_ptr(), bias.data_ptr(), _address(qkv_bias), tables,
-            qkv.data_ptr(), rstd.data_ptr(), shape, stream,
+            dtype, x.data_ptr(), native.address(squares), raw.data_ptr(), bias.data_ptr(), native.address(qkv_bias),
+            tables, qkv.data_ptr(), rstd.data_ptr(), shape, stream,
         )  # fmt: skip
     del kept
     native.check("stack_projection epilogue", status)
@@ -98,7 +98,7 @@ def backward(
     with guard(x):
         status = native.extension().stack_backward(
             native.DTYPES[x.dtype], grad_x.data_ptr(), grad_qkv.data_ptr(), x.data_ptr(), qkv.data_ptr(),
-            rstd.data_ptr(), _address(qkv_bias), tables, grad_hidden.data_ptr(), grad_raw.data_ptr(), shape,
+            rstd.data_ptr(), native.address(qkv_bias), tables, grad_hidden.data_ptr(), grad_raw.data_ptr(), shape,
             native.stream(x),
         )  # fmt: skip
     del kept
@@ -113,13 +113,11 @@ def _rope_tables(
     cos, sin = (_readable(table, like) for table in (cos, sin))
     stride = 0 if cos is None else cos.stride(0)
     wide = cos is not None and cos.dtype == torch.float32
-    tables = native.extension().rope_tables(_address(cos), _address(sin), stride, wide, _address(position_ids))
+    tables = native.extension().rope_tables(
+        native.address(cos), native.address(sin), stride, wide, native.address(position_ids)
+    )
     return tables, (cos, sin, position_ids)
 
 
 def _readable(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype in (like.dtype, torch.float32) else tensor.float()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
