@@ -31,8 +31,9 @@ def gradient(b_x, b_t, beta, D: tl.constexpr, KIND: tl.constexpr):
     if KIND == "mse":
         b_grad = (b_x - b_t) * (2.0 / D)
     elif KIND == "smooth_l1":
-        b_error = b_x - b_t  # min and max would turn NaN into a number
-        b_grad = tl.where(b_error < -beta, -beta, tl.where(b_error > beta, beta, b_error)) / (beta * D)
+        # By default min and max turn NaN into a number.
+        b_error = tl.maximum(b_x - b_t, -beta, propagate_nan=tl.PropagateNan.ALL)
+        b_grad = tl.minimum(b_error, beta, propagate_nan=tl.PropagateNan.ALL) / (beta * D)
     else:
         _, cos, x_norm, t_norm = compare(b_x, b_t, beta, D, KIND)
         there = x_norm * t_norm != 0  # a zero vector has no direction
