@@ -1,7 +1,8 @@
 """Counts the work of a piece of code without a GPU: FLOPs, kernel launches and bytes, from the ops that it calls.
 
 Meant for tensors without data (``device="meta"``): nothing is computed, so full-size models can be counted anywhere. An
-op of this library counts as the launches that its kernels take and as its arguments and results once.
+op of this library counts as what its kernels declare (``core/registered.py``), any other as one launch that touches its
+arguments and results once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# Ops that launch more than one kernel; see their backends.
-_LAUNCHES = {"mtllm_fast::stack_projection": 2, "mtllm_fast::norm_pool": 2}
+from mtllm_fast.core.registered import DECLARED, Declared, touched_bytes
+
+_ONE_KERNEL = Declared(1, None)
 _FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh", "prim::")
 
 
@@ -42,9 +42,11 @@ class _Counter(TorchDispatchMode):
         name = func._schema.name
         is_view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
         if not is_view and not name.startswith(_FREE):
-            self.launches += _LAUNCHES.get(name, 1)
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            declared = DECLARED.get(name, _ONE_KERNEL)
+            self.launches += declared.launches
+            given = (*args, *(kwargs or {}).values())
+            moved = declared.moved_bytes
+            self.bytes += touched_bytes(given, out) if moved is None else moved(given, out)
         return out
 
 

@@ -6,8 +6,10 @@ An op lists its backends, best first, each with a function that says why it cann
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from mtllm_fast.core.devices import triton_is_interpreted
@@ -73,6 +75,15 @@ class Backends:
         raise UnsupportedBackendError(
             f"{self.op}: backend {requested!r} cannot serve this call: {reason}. What would work: {', '.join(able)}"
         )
+
+    def load(self, requested: str, *args: Any, **kwargs: Any) -> ModuleType:
+        """The module of the backend that serves this call: ``reference.py`` or ``NAME_backend.py`` in the op's folder.
+
+        Backends are imported when they are first chosen, so that importing an op needs neither Triton nor an extension.
+        """
+        chosen = self.choose(requested, *args, **kwargs)
+        file = chosen if chosen == "reference" else f"{chosen}_backend"
+        return importlib.import_module(f"mtllm_fast.ops.{self.op}.{file}")
 
     def explain(self, requested: str, *args: Any, **kwargs: Any) -> Explanation:
         """What ``choose`` does for the same arguments, told instead of done."""

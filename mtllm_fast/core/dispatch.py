@@ -6,8 +6,6 @@ torch.compile, fake tensors, dispatch and function modes (FLOP counters, selecti
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,15 +39,6 @@ def needs_grad(*tensors: Tensor) -> bool:
 def needs_registered_op(*tensors: Tensor) -> bool:
     """The same question for an op whose gradient is known to the registered op alone."""
     return watched(*tensors) or needs_grad(*tensors)
-
-
-def differentiable_once(backward_op: str) -> None:
-    """Makes a gradient of ``backward_op`` raise; without this, torch warns and treats its result as a constant."""
-
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{backward_op} has no gradient: the op can be differentiated once only")
-
-    torch.library.register_autograd(backward_op, refuse)
 
 
 def savable(tensor: Tensor) -> Tensor:

@@ -1,22 +1,17 @@
-"""What torch sees of ``distillation_loss``: two registered ops with fakes and a gradient, and the launcher behind them.
-
-The backends are imported when they are first chosen, so importing this file needs neither Triton nor the extension.
-"""
+"""What torch sees of ``distillation_loss``: registered ops with fakes, a gradient, and the launchers."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
-from mtllm_fast.core.dispatch import differentiable_once, savable, watched
+from mtllm_fast.core.dispatch import savable, watched
+from mtllm_fast.core.registered import differentiable_once, register, register_gradient
 from mtllm_fast.ops.distillation_loss.inputs import (
     FIGURES,
     Forward,
@@ -47,7 +42,6 @@ BACKENDS = Backends(
         "reference": lambda hidden_states: None,
     },
 )
-_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "reference": "reference"}
 
 
 class Tensors(NamedTuple):
@@ -94,16 +88,11 @@ def _rows(states: Tensor) -> Tensor:
     return states if states.stride(1) == 1 else states.contiguous()
 
 
-def _backend(name: str, hidden_states: Tensor) -> ModuleType:
-    chosen = BACKENDS.choose(name, hidden_states)
-    return importlib.import_module(f"mtllm_fast.ops.distillation_loss.{_MODULES[chosen]}")
-
-
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], figures [8], gradient in the pooled vectors [B, D], what the loss of a span counts for [])"""
     tensors = Tensors(*arguments[:12])
     eps, teacher_eps, *options, backend = arguments[12:]
-    module = _backend(backend, tensors.hidden_states)
+    module = BACKENDS.load(backend, tensors.hidden_states)
     return tuple(module.forward(*tensors.sides(eps, teacher_eps), Options(*options)))  # type: ignore[return-value]
 
 
@@ -116,7 +105,7 @@ def launch_backward(
     student, teacher, spans = tensors.sides(eps, teacher_eps)
     inverse = None if spans is None else spans_of_tokens(spans, student.states.shape[0])
     saved = Forward(grad_loss, grad_loss, grad_pooled, span_scale)
-    module = _backend(backend, tensors.hidden_states)
+    module = BACKENDS.load(backend, tensors.hidden_states)
     grad_hidden, grad_weight = module.backward(
         grad_loss.contiguous(), student, teacher, spans, inverse, saved, Options(*options), needs_weight
     )
@@ -127,25 +116,8 @@ _TENSORS = ", ".join(
     f"{'Tensor' if name in ('hidden_states', 'cu_seqlens') else 'Tensor?'} {name}" for name in Tensors._fields
 )
 _OPTIONS = "float eps, float teacher_eps, float sequence_weight, float span_weight, str kind, float beta, str reduction"
-torch.library.define(
-    "mtllm_fast::distillation_loss",
-    f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "mtllm_fast::distillation_loss_backward",
-    f"(Tensor grad_loss, Tensor grad_pooled, Tensor span_scale, {_TENSORS}, {_OPTIONS}, bool needs_weight, str backend)"
-    " -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("mtllm_fast::distillation_loss", ("CPU", "CUDA"), launch_forward)
-torch.library.impl("mtllm_fast::distillation_loss_backward", ("CPU", "CUDA"), launch_backward)
-
-forward_op = torch.ops.mtllm_fast.distillation_loss.default
-backward_op = torch.ops.mtllm_fast.distillation_loss_backward.default
 
 
-@torch.library.register_fake("mtllm_fast::distillation_loss")
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = Tensors(*arguments[:12])
     dtype = wide(tensors.hidden_states.dtype)
@@ -154,7 +126,6 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scalar, scalar.new_empty(len(FIGURES)), grad_pooled, torch.empty_like(scalar)
 
 
-@torch.library.register_fake("mtllm_fast::distillation_loss_backward")
 def _fake_backward(
     grad_loss: Tensor, grad_pooled: Tensor, span_scale: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
@@ -162,6 +133,21 @@ def _fake_backward(
     size = hidden_states.shape[1] if needs_weight else 0
     dtype = wide(hidden_states.dtype) if needs_weight else hidden_states.dtype
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(size, dtype=dtype)
+
+
+forward_op = register(
+    "distillation_loss",
+    f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    launch_forward,
+    _fake_forward,
+)
+backward_op = register(
+    "distillation_loss_backward",
+    f"(Tensor grad_loss, Tensor grad_pooled, Tensor span_scale, {_TENSORS}, {_OPTIONS}, bool needs_weight, str backend)"
+    " -> (Tensor, Tensor)",
+    launch_backward,
+    _fake_backward,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -194,20 +180,5 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-class EagerDistillationLoss(torch.autograd.Function):
-    """The same gradient for eager calls, at a fraction of the registered op's time on the host."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
-
-
-torch.library.register_autograd("mtllm_fast::distillation_loss", _backward, setup_context=_setup_context)
+EagerDistillationLoss = register_gradient("distillation_loss", launch_forward, _setup_context, _backward)
 differentiable_once("mtllm_fast::distillation_loss_backward")

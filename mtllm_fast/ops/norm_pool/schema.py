@@ -1,22 +1,17 @@
-"""What torch sees of ``norm_pool``: two registered ops with fakes and a gradient, and the launcher behind them.
-
-The backends are imported when they are first chosen, so importing this file needs neither Triton nor the extension.
-"""
+"""What torch sees of ``norm_pool``: two registered ops with fakes and a gradient, and the launcher behind them."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
-from mtllm_fast.core.dispatch import differentiable_once, savable, watched
+from mtllm_fast.core.dispatch import savable, watched
+from mtllm_fast.core.registered import differentiable_once, register, register_gradient
 
 MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
 
@@ -37,12 +32,6 @@ BACKENDS = Backends(
         "reference": lambda hidden_states: None,
     },
 )
-_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "reference": "reference"}
-
-
-def _backend(name: str, hidden_states: Tensor) -> ModuleType:
-    chosen = BACKENDS.choose(name, hidden_states)
-    return importlib.import_module(f"mtllm_fast.ops.norm_pool.{_MODULES[chosen]}")
 
 
 def _rows(states: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def launch_forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(pooled [B, D], what the weight's gradient needs [B, D], or an empty tensor unless ``save``)"""
-    module = _backend(backend, hidden_states)
+    module = BACKENDS.load(backend, hidden_states)
     arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
     pooled, normed_mean = module.forward(*arguments, save)
     return pooled, hidden_states.new_empty(0) if normed_mean is None else normed_mean
@@ -69,31 +58,11 @@ def launch_backward(
     pooling: str,
     backend: str,
 ) -> Tensor:
-    module = _backend(backend, hidden_states)
+    module = BACKENDS.load(backend, hidden_states)
     arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
     return module.backward(grad_pooled.contiguous(), *arguments)
 
 
-torch.library.define(
-    "mtllm_fast::norm_pool",
-    "(Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, bool save, str backend)"
-    " -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "mtllm_fast::norm_pool_backward",
-    "(Tensor grad_pooled, Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, str backend)"
-    " -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("mtllm_fast::norm_pool", ("CPU", "CUDA"), launch_forward)
-torch.library.impl("mtllm_fast::norm_pool_backward", ("CPU", "CUDA"), launch_backward)
-
-forward_op = torch.ops.mtllm_fast.norm_pool.default
-backward_op = torch.ops.mtllm_fast.norm_pool_backward.default
-
-
-@torch.library.register_fake("mtllm_fast::norm_pool")
 def _fake_forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +71,6 @@ def _fake_forward(
     return pooled, torch.empty_like(pooled, dtype=wide) if save else hidden_states.new_empty(0)
 
 
-@torch.library.register_fake("mtllm_fast::norm_pool_backward")
 def _fake_backward(
     grad_pooled: Tensor,
     hidden_states: Tensor,
@@ -113,6 +81,23 @@ def _fake_backward(
     backend: str,
 ) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
+
+
+forward_op = register(
+    "norm_pool",
+    "(Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, bool save, str backend)"
+    " -> (Tensor, Tensor)",
+    launch_forward,
+    _fake_forward,
+    launches=2,
+)
+backward_op = register(
+    "norm_pool_backward",
+    "(Tensor grad_pooled, Tensor hidden_states, Tensor weight, Tensor cu_seqlens, float eps, str pooling, str backend)"
+    " -> Tensor",
+    launch_backward,
+    _fake_backward,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -142,20 +127,5 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     return grad_hidden, grad_weight, None, None, None, None, None
 
 
-class EagerNormPool(torch.autograd.Function):
-    """The same gradient for eager calls, at a fraction of the registered op's time on the host."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)  # called here: torch's own call of it inspects the signature every time
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
-
-
-torch.library.register_autograd("mtllm_fast::norm_pool", _backward, setup_context=_setup_context)
+EagerNormPool = register_gradient("norm_pool", launch_forward, _setup_context, _backward)
 differentiable_once("mtllm_fast::norm_pool_backward")

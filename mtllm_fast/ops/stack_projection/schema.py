@@ -1,23 +1,19 @@
-"""What torch sees of ``stack_projection``: registered ops with fakes, a gradient and a FLOP count, and the launchers.
-
-The backends are imported when they are first chosen, so importing this file needs neither Triton nor the extension.
-"""
+"""What torch sees of ``stack_projection``: registered ops with fakes, a gradient, FLOPs, and the launchers."""
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from mtllm_fast.core import native
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
-from mtllm_fast.core.dispatch import differentiable_once, savable, watched
+from mtllm_fast.core.dispatch import savable, watched
+from mtllm_fast.core.registered import differentiable_once, register, register_gradient
 from mtllm_fast.ops.stack_projection.composite import FEW_TOKENS, Composite, wide_dtype, wide_mm
 
 
@@ -54,7 +50,6 @@ _WHY_NOT = {"cuda": _why_not_cuda, "triton": _why_not_triton, "reference": lambd
 # Few tokens are bound by reading the weights, which the CUDA kernel is made for; many by the tensor cores.
 FEW = Backends("stack_projection", _WHY_NOT)
 MANY = Backends("stack_projection", {name: _WHY_NOT[name] for name in ("triton", "cuda", "reference")})
-_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "reference": "reference"}
 
 
 def backends_for(states: Tensor) -> Backends:
@@ -62,8 +57,7 @@ def backends_for(states: Tensor) -> Backends:
 
 
 def _backend(name: str, states: Tensor, width: int, head_norms: Tensor | None, head_dim: int) -> ModuleType:
-    chosen = backends_for(states).choose(name, states, width, head_norms, head_dim)
-    return importlib.import_module(f"mtllm_fast.ops.stack_projection.{_MODULES[chosen]}")
+    return backends_for(states).load(name, states, width, head_norms, head_dim)
 
 
 def launch_forward(
@@ -108,36 +102,32 @@ def launch_backward(
     )
 
 
-torch.library.define(
-    "mtllm_fast::stack_projection",
-    "(Tensor encoder_states, Tensor up_weight, Tensor? up_bias, Tensor weight, Tensor? residual, Tensor bias,"
-    " Tensor? qkv_bias, Tensor? head_norms, Tensor? cos, Tensor? sin, Tensor? position_ids, int num_rotated,"
-    " int head_dim, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "mtllm_fast::stack_projection_backward",
-    "(Tensor grad_x, Tensor grad_qkv, Tensor x, Tensor qkv, Tensor rstd, Tensor? qkv_bias, Tensor? cos, Tensor? sin,"
-    " Tensor? position_ids, int num_rotated, int head_dim, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("mtllm_fast::stack_projection", ("CPU", "CUDA"), launch_forward)
-torch.library.impl("mtllm_fast::stack_projection_backward", ("CPU", "CUDA"), launch_backward)
-
-forward_op = torch.ops.mtllm_fast.stack_projection.default
-backward_op = torch.ops.mtllm_fast.stack_projection_backward.default
-
-
-@torch.library.register_fake("mtllm_fast::stack_projection")
 def _fake_forward(encoder_states: Tensor, up_weight: Tensor, up_bias: Any, weight: Tensor, *rest: Any) -> Any:
     tokens = encoder_states.shape[0]
     x, qkv = (encoder_states.new_empty(tokens, matrix.shape[0]) for matrix in (up_weight, weight))
     return x, qkv, encoder_states.new_empty(tokens, dtype=wide_dtype(encoder_states.dtype))
 
 
-@torch.library.register_fake("mtllm_fast::stack_projection_backward")
 def _fake_backward(grad_x: Tensor, grad_qkv: Tensor, x: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), qkv.new_empty(qkv.shape)
+
+
+forward_op = register(
+    "stack_projection",
+    "(Tensor encoder_states, Tensor up_weight, Tensor? up_bias, Tensor weight, Tensor? residual, Tensor bias,"
+    " Tensor? qkv_bias, Tensor? head_norms, Tensor? cos, Tensor? sin, Tensor? position_ids, int num_rotated,"
+    " int head_dim, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    launch_forward,
+    _fake_forward,
+    launches=2,
+)
+backward_op = register(
+    "stack_projection_backward",
+    "(Tensor grad_x, Tensor grad_qkv, Tensor x, Tensor qkv, Tensor rstd, Tensor? qkv_bias, Tensor? cos, Tensor? sin,"
+    " Tensor? position_ids, int num_rotated, int head_dim, str backend) -> (Tensor, Tensor)",
+    launch_backward,
+    _fake_backward,
+)
 
 
 @register_flop_formula(torch.ops.mtllm_fast.stack_projection)
@@ -191,20 +181,5 @@ def _backward(ctx: Any, grad_x: Tensor | None, grad_qkv: Tensor | None, _: Any) 
     return tuple(grads)
 
 
-class EagerStackProjection(torch.autograd.Function):
-    """The same gradient for eager calls, at a fraction of the registered op's time on the host."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
-
-
-torch.library.register_autograd("mtllm_fast::stack_projection", _backward, setup_context=_setup_context)
+EagerStackProjection = register_gradient("stack_projection", launch_forward, _setup_context, _backward)
 differentiable_once("mtllm_fast::stack_projection_backward")

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from mtllm_fast.core.backends import Backends
-from mtllm_fast.core.dispatch import differentiable_once, savable, watched
+from mtllm_fast.core.dispatch import savable, watched
+from mtllm_fast.core.registered import differentiable_once, register, register_gradient
 
 BACKENDS = Backends("token_kl_loss", {"reference": lambda: None})
-
-
-def _backend(name: str) -> ModuleType:
-    return importlib.import_module(f"mtllm_fast.ops.token_kl_loss.{BACKENDS.choose(name)}")
 
 
 def launch_forward(
@@ -35,7 +29,7 @@ def launch_forward(
     """(loss [], what the gradient needs of each row [3, N])"""
     inputs = (hidden_states, teacher_hidden_states, weight, teacher_weight, temperature, divergence, beta)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        losses, statistics = _backend(backend).forward(*inputs)
+        losses, statistics = BACKENDS.load(backend).forward(*inputs)
     return losses.sum() / _denominator(losses.shape[0], reduction), statistics
 
 
@@ -58,7 +52,7 @@ def launch_backward(
     inputs = (hidden_states, teacher_hidden_states, weight, teacher_weight, temperature, divergence, beta)
     scale = grad_loss / _denominator(hidden_states.shape[0], reduction)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        grads = _backend(backend).backward(scale, statistics, *inputs, needs_hidden, needs_weight)
+        grads = BACKENDS.load(backend).backward(scale, statistics, *inputs, needs_hidden, needs_weight)
     grad_hidden, grad_weight = (hidden_states.new_empty(0) if grad is None else grad for grad in grads)
     return grad_hidden, grad_weight
 
@@ -67,33 +61,11 @@ def _denominator(rows: int, reduction: str) -> int:
     return max(rows, 1) if reduction == "mean" else 1
 
 
-torch.library.define(
-    "mtllm_fast::token_kl_loss",
-    "(Tensor hidden_states, Tensor teacher_hidden_states, Tensor weight, Tensor? teacher_weight, float temperature,"
-    " str divergence, float beta, str reduction, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "mtllm_fast::token_kl_loss_backward",
-    "(Tensor grad_loss, Tensor statistics, Tensor hidden_states, Tensor teacher_hidden_states, Tensor weight,"
-    " Tensor? teacher_weight, float temperature, str divergence, float beta, str reduction, bool needs_hidden,"
-    " bool needs_weight, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl("mtllm_fast::token_kl_loss", ("CPU", "CUDA"), launch_forward)
-torch.library.impl("mtllm_fast::token_kl_loss_backward", ("CPU", "CUDA"), launch_backward)
-
-forward_op = torch.ops.mtllm_fast.token_kl_loss.default
-backward_op = torch.ops.mtllm_fast.token_kl_loss_backward.default
-
-
-@torch.library.register_fake("mtllm_fast::token_kl_loss")
 def _fake_forward(hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     return hidden_states.new_empty((), dtype=wide), hidden_states.new_empty(3, hidden_states.shape[0], dtype=wide)
 
 
-@torch.library.register_fake("mtllm_fast::token_kl_loss_backward")
 def _fake_backward(
     grad_loss: Tensor, statistics: Tensor, hidden_states: Tensor, teacher_hidden_states: Tensor, weight: Tensor,
     teacher_weight: Tensor | None, temperature: float, divergence: str, beta: float, reduction: str,
@@ -101,6 +73,23 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_hidden = hidden_states.new_empty(hidden_states.shape if needs_hidden else 0)
     return grad_hidden, weight.new_empty(weight.shape) if needs_weight else hidden_states.new_empty(0)
+
+
+forward_op = register(
+    "token_kl_loss",
+    "(Tensor hidden_states, Tensor teacher_hidden_states, Tensor weight, Tensor? teacher_weight, float temperature,"
+    " str divergence, float beta, str reduction, str backend) -> (Tensor, Tensor)",
+    launch_forward,
+    _fake_forward,
+)
+backward_op = register(
+    "token_kl_loss_backward",
+    "(Tensor grad_loss, Tensor statistics, Tensor hidden_states, Tensor teacher_hidden_states, Tensor weight,"
+    " Tensor? teacher_weight, float temperature, str divergence, float beta, str reduction, bool needs_hidden,"
+    " bool needs_weight, str backend) -> (Tensor, Tensor)",
+    launch_backward,
+    _fake_backward,
+)
 
 
 @register_flop_formula(torch.ops.mtllm_fast.token_kl_loss)
@@ -134,20 +123,5 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     return (grad_hidden if needs_hidden else None, None, grad_weight if needs_weight else None, *(None,) * 6)
 
 
-class EagerTokenKLLoss(torch.autograd.Function):
-    """The same gradient for eager calls, at a fraction of the registered op's time on the host."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
-
-
-torch.library.register_autograd("mtllm_fast::token_kl_loss", _backward, setup_context=_setup_context)
+EagerTokenKLLoss = register_gradient("token_kl_loss", launch_forward, _setup_context, _backward)
 differentiable_once("mtllm_fast::token_kl_loss_backward")
