@@ -1,7 +1,7 @@
 """An op as torch sees it: registered with a fake and a gradient for whoever watches, launched directly otherwise.
 
-``torch.compile``, FakeTensorMode, FLOP counters and selective checkpointing see registered ops alone. A plain eager
-call goes straight to the launcher (``dispatch.watched`` tells which), under an autograd function with the same gradient.
+``torch.compile``, FakeTensorMode, FLOP counters and selective checkpointing see registered ops alone. A plain
+eager call goes straight to the launcher (``dispatch.watched`` tells which), its gradient by an autograd function.
 """
 
 from __future__ import annotations
