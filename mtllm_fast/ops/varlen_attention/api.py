@@ -12,10 +12,11 @@ from mtllm_fast.ops.varlen_attention import cpu, libraries, schema
 from mtllm_fast.ops.varlen_attention.reference import varlen_attention_reference
 
 _OP = "varlen_attention"
+_REGISTERED = ("cpu", "meta")  # the latter stands for any device where work is counted and nothing computed
 
 
 def _why_not_sdpa(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
-    if q.device.type == "cpu":
+    if q.device.type in _REGISTERED:
         return "on the CPU it has no dropout" if dropout_p > 0 else None
     if q.device.type != "cuda":
         return f"the tensors are on {q.device.type}"
@@ -83,7 +84,7 @@ def varlen_attention(
     chosen = BACKENDS.choose(backend, q, k, scale, dropout_p)
     if chosen == "reference":
         return varlen_attention_reference(q, k, v, cu_seqlens, scale=scale, dropout_p=dropout_p)
-    if q.device.type == "cpu":
+    if q.device.type in _REGISTERED:
         if needs_registered_op(q, k, v):
             return schema.varlen_attention_cpu(q, k, v, cu_seqlens, scale)[0]
         return cpu.inference(q, k, v, cu_seqlens, scale)
