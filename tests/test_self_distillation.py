@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from llm_tokenizer import llm_tokenizer
-from reference import load_case
+from recorded_stage1 import recorded, recorded_inputs, recorded_name
 from stacks import batch, new_stack, with_lora
 from torch import nn
 from torch.nn import functional as F
@@ -27,50 +26,11 @@ from mtllm_fast.tiny import article_1, tiny_path
 STAGE1 = {"stage1-sequence-step": (1.0, 0.0), "stage1-span-step": (0.333, 0.667)}
 
 
-def recorded(name: str, mode: str):
-    case = load_case(name)
-    model = MTLLM.from_pretrained(case.checkpoint, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[mode])
-    adapter = str(Path(case.checkpoint).parent / "adapter")
-    peft.PeftModel.from_pretrained(model.llm2vec, adapter, is_trainable=True)
-    joint = MTLLMForSelfDistillation(model, sequence_weight=STAGE1[name][0], span_weight=STAGE1[name][1]).train()
-    for module in joint.modules():  # as recorded: no dropout
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for parameter in joint.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return case, joint
-
-
-def recorded_inputs(case, packed: bool) -> dict:
-    """The recorded batch; bags of tokens of the padded grid become spans of packed tokens."""
-    given = case.inputs
-    masks = {"": given["attention_mask"], "encoder_": given["nllb_attention_mask"]}
-    ids = {"": given["input_ids"], "encoder_": given["nllb_input_ids"]}
-    inputs, csr = {}, {}
-    for side, mask in masks.items():
-        real = mask.bool()
-        if packed:
-            lengths = real.sum(1)
-            inputs[f"{side}input_ids"] = ids[side][real]
-            inputs[f"{side}cu_seqlens"] = F.pad(lengths.cumsum(0), (1, 0)).int()
-            inputs[f"{side}max_seqlen"] = int(lengths.max())
-        else:
-            inputs |= {f"{side}input_ids": ids[side], f"{side}attention_mask": mask}
-        if "bag_ids" in given:
-            matrix = given["bag_ids" if side == "" else "nllb_bag_ids"]
-            place = real.flatten().cumsum(0) - 1
-            name = "llm" if side == "" else "encoder"
-            csr[f"{name}_indices"] = place[matrix[matrix > 0]]
-            csr[f"{name}_offsets"] = F.pad((matrix > 0).sum(1).cumsum(0), (1, 0))
-    return inputs | ({"spans": SpanAlignment(**csr)} if csr else {})
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", STAGE1)
 def test_the_recorded_steps(name, mode, packed, monkeypatch):
-    case, joint = recorded(name, mode)
+    case, joint = recorded(name, mode, *STAGE1[name])
     seen = {}
 
     def spy(states, weight, cu_seqlens, **options):
@@ -79,7 +39,7 @@ def test_the_recorded_steps(name, mode, packed, monkeypatch):
 
     monkeypatch.setattr("mtllm_fast.training.self_distillation.distillation_loss", spy)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16"):
-        out = joint(**recorded_inputs(case, packed))
+        out = joint(**recorded_inputs(case.inputs, packed))
     out.loss.backward()
     case.check(mode, **vectors(case, seen))
     recorded_names = {"loss": "loss", "fvu_student": "train/fvu"}
@@ -96,7 +56,7 @@ def test_the_recorded_steps(name, mode, packed, monkeypatch):
         allowed = max({"fp32": 4, "bf16": 1.5}[mode] * own_error, {"fp32": 2e-6, "bf16": 5e-3}[mode] * abs(true))
         assert abs(float(out[ours].detach()) - true) <= allowed, ours
     grads = {
-        f"grad.{name.removeprefix('stack.').removeprefix('llm2vec.').replace('.default', '')}": parameter.grad
+        f"grad.{recorded_name(name)}": parameter.grad
         for name, parameter in joint.named_parameters()
         if parameter.grad is not None
     }
