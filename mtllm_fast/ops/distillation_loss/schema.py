@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtllm_fast.core import native
+from mtllm_fast.core import native, native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import differentiable_once, savable, watched
@@ -44,10 +44,11 @@ BACKENDS = Backends(
     {
         "cuda": _why_not_cuda,
         "triton": lambda hidden_states: why_not_triton(hidden_states) or why_not_kernels(hidden_states),
+        "cpu": native_cpu.why_not_cpu,
         "reference": lambda hidden_states: None,
     },
 )
-_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "reference": "reference"}
+_MODULES = {"cuda": "cuda_backend", "triton": "triton_backend", "cpu": "cpu_backend", "reference": "reference"}
 
 
 class Tensors(NamedTuple):
