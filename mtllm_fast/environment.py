@@ -27,7 +27,7 @@ Section = dict[str, str]
 
 
 def environment() -> dict[str, Section]:
-    """Facts by section (``versions``, ``hardware``, ``cuda extension``, one per op, ``settings``), all as text.
+    """Facts by section (``versions``, ``hardware``, ``cuda extension``, ``cpu extension``, one per op, ``settings``), all as text.
 
     >>> environment()["versions"]["python"] == platform.python_version()
     True
@@ -40,6 +40,7 @@ def environment() -> dict[str, Section]:
         return sections
     sections["hardware"].update(_gpus(torch))
     sections["cuda extension"] = _extension()
+    sections["cpu extension"] = _cpu_extension()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sections.update({f"backends of {op}": _backends(op, example(torch, device)) for op, example in EXAMPLES.items()})
     sections["settings"] = _settings()
@@ -148,6 +149,15 @@ def _extension() -> Section:
         return {"built": f"no: {reason}"}
     major, minor = divmod(native.extension().cuda_version // 10, 100)
     return {"built": f"yes, with CUDA {major}.{minor}", "architectures": ", ".join(native.architectures())}
+
+
+def _cpu_extension() -> Section:
+    from mtllm_fast.core import native_cpu
+
+    if reason := native_cpu.why_not_built():
+        return {"built": f"no: {reason}"}
+    chosen = native_cpu.LEVELS[native_cpu.level()]
+    return {"built": "yes", "levels": f"{', '.join(native_cpu.levels())}; {chosen} is used"}
 
 
 def _settings() -> Section:

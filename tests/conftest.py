@@ -15,7 +15,7 @@ import emulated_cuda
 import pytest
 import torch
 
-from mtllm_fast.core import native
+from mtllm_fast.core import native, native_cpu
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -34,6 +34,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """A backend's name. Where there is no GPU, "cuda" is csrc compiled for the CPU (see tests/emulated_cuda)."""
     if request.param == "cuda" and HAS_GPU and native.why_not_built():
         pytest.skip(str(native.why_not_built()))
+    if request.param == "cpu" and (HAS_GPU or native_cpu.why_not_built()):
+        pytest.skip(native_cpu.why_not_built() or "tensors are on the GPU")
     if request.param == "cuda" and not HAS_GPU:
         compiler = shutil.which("c++")
         if compiler is None:

@@ -23,7 +23,7 @@ from mtllm_fast.testing.inputs import cu_seqlens_of, packed_states
 from mtllm_fast.testing.poison import poisoned_memory
 from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate
 
-BACKENDS = ["reference", "triton", "cuda"]
+BACKENDS = ["reference", "cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["mse", "smooth_l1", "cosine"]
 LENGTHS, TEACHER_LENGTHS = (3, 0, 41, 1, 75, 2), (4, 2, 38, 1, 70, 0)

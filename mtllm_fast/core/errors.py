@@ -9,6 +9,10 @@ class CudaKernelError(RuntimeError):
     """A CUDA kernel launch returned an error status (``op: cudaGetErrorString``)."""
 
 
+class CpuKernelError(RuntimeError):
+    """The CPU extension is missing, or lacks the instruction set that was asked for."""
+
+
 class UnknownLanguageError(ValueError):
     """A language code that NLLB does not know; the message names the nearest codes."""
 

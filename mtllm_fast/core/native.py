@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,18 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """``mtllm::DType`` of csrc/include/mtllm/status.h."""
 
 
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote down: which extensions were built, and why not."""
+    record = Path(__file__).parents[1] / "_build_info.json"
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mtllm_fast._cuda"), ""
     except ImportError as error:
-        record = Path(__file__).parents[1] / "_build_info.json"
-        left_out = json.loads(record.read_text())["left_out_because"] if record.exists() else ""
+        left_out = build_record().get("left_out_because", "")
         return None, f"the CUDA extension was not built: {left_out or error}"
 
 

@@ -22,9 +22,15 @@ CUDA = Setting(
 CUDA_ARCHS = Setting(
     "MTLLM_FAST_CUDA_ARCHS", "80-real;90a-real;100-real", "build: GPU architectures, as CMake writes them"
 )
+CPU = Setting(
+    "MTLLM_FAST_CPU", "auto", "build: 1 requires the CPU extension, 0 leaves it out, auto builds it with a C++ compiler"
+)
+CPU_LEVEL = Setting(
+    "MTLLM_FAST_CPU_LEVEL", "auto", "instruction set of the CPU extension: baseline, avx2 or avx512; auto takes the best"
+)
 CACHE = Setting("MTLLM_FAST_CACHE", "~/.cache/mtllm_fast", "folder of generated files (the tiny checkpoint)")
 
-SETTINGS = (CUDA, CUDA_ARCHS, CACHE)
+SETTINGS = (CUDA, CUDA_ARCHS, CPU, CPU_LEVEL, CACHE)
 
 
 def cache_dir() -> Path:

@@ -91,7 +91,8 @@ def distillation_loss(
         sequence_weight, span_weight: of the two terms; the figures are the terms without them.
         kind: ``"mse"``, ``"smooth_l1"`` (with ``beta``) or ``"cosine"``.
         reduction: ``"mean"`` over sentences and over spans, or ``"sum"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what
+            auto takes.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or combination is wrong.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native
+from mtllm_fast.core import native, native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -39,6 +39,7 @@ BACKENDS = Backends(
     {
         "cuda": _why_not_cuda,
         "triton": lambda hidden_states: why_not_triton(hidden_states) or why_not_kernels(hidden_states),
+        "cpu": native_cpu.why_not_cpu,
         "reference": lambda hidden_states: None,
     },
 )

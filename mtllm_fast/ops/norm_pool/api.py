@@ -36,7 +36,8 @@ def norm_pool(
             Tokens after the last entry belong to no sentence: they are not read, and their gradient is zero.
         eps: added to the mean square.
         pooling: ``"mean"`` over the tokens of a sentence, its first (``"cls"``) or its last one (``"eos"``).
-        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what
+            auto takes.
 
     Returns:
         ``[B, D]`` in the dtype of ``hidden_states``; zeros for an empty sentence.

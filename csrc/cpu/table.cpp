@@ -1,0 +1,13 @@
+#include "levels.h"
+
+#define MTLLM_JOIN(left, right) left##right
+#define MTLLM_TABLE(level) MTLLM_JOIN(kernels_, level)
+
+namespace mtllm::cpu {
+
+const Kernels& MTLLM_TABLE(MTLLM_LEVEL)() {
+  static constexpr Kernels kernels{&MTLLM_LEVEL::pool, &MTLLM_LEVEL::span_sums, &MTLLM_LEVEL::backward};
+  return kernels;
+}
+
+}  // namespace mtllm::cpu
