@@ -56,6 +56,38 @@ Status backward(int level, const States& states, const Sentences& sentences, int
   return 0;
 }
 
+Heads heads(int dtype, Address data, std::int64_t token_stride, std::int64_t head_stride, std::int64_t tokens,
+            std::int64_t count, std::int64_t width) {
+  return {static_cast<DType>(dtype), pointer<void>(data), token_stride, head_stride, tokens, count, width};
+}
+
+Status rms_norm(int level, const Heads& x, const Heads* residual, Address weight, float eps, Address normed, Address summed,
+                Address rstd, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->rms_norm(x, residual, pointer<float>(weight), eps, pointer<void>(normed), pointer<void>(summed),
+                    pointer<float>(rstd), threads);
+  return 0;
+}
+
+Status rms_norm_backward(int level, const Heads& grad_normed, const Heads* grad_summed, const Heads& x, Address weight,
+                         Address rstd, Address grad, Address grad_weight, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->rms_norm_backward(grad_normed, grad_summed, x, pointer<float>(weight), pointer<float>(rstd),
+                             pointer<void>(grad), pointer<float>(grad_weight), threads);
+  return 0;
+}
+
+Status rope(int level, const Heads& x, Address cos, Address sin, std::int64_t table_stride, float sign, Address out,
+            std::int64_t out_token_stride, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->rope(x, pointer<void>(cos), pointer<void>(sin), table_stride, sign, pointer<void>(out), out_token_stride,
+                threads);
+  return 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -72,6 +104,11 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("sentences", &sentences);
   module.def("bags", &bags);
   module.def("span_term", &span_term);
+  pybind11::class_<Heads>(module, "Heads", pybind11::module_local());
+  module.def("heads", &heads);
+  module.def("rms_norm", &rms_norm, Unlocked());
+  module.def("rms_norm_backward", &rms_norm_backward, Unlocked());
+  module.def("rope", &rope, Unlocked());
   module.def("pool", &pool, Unlocked());
   module.def("span_sums", &span_sums, Unlocked());
   module.def("backward", &backward, Unlocked());

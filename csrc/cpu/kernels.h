@@ -57,6 +57,14 @@ struct SpanTerm {
   float scale;  // backward only: what a span's loss counts for in the scalar that is differentiated
 };
 
+// Rows [tokens, heads, width] with adjacent columns; heads is 1 for whole states.
+struct Heads {
+  DType dtype;
+  const void* data;
+  std::int64_t token_stride, head_stride;
+  std::int64_t tokens, heads, width;
+};
+
 struct Kernels {
   // mean [count, width] = the share-weighted sum of normed rows without the gain; partial
   // [tokens / kPieceTokens + count, width] is scratch for mean pooling.
@@ -70,6 +78,17 @@ struct Kernels {
   // null, with by_piece [tokens / kPieceTokens + count + 1, width]. scratch as above.
   void (*backward)(const States&, const Sentences&, Pooling, const float* grad_pooled, const SpanTerm* spans,
                    void* grad_hidden, float* grad_weight, float* by_piece, float* scratch, int threads);
+  // normed = weight * s * rstd, s = x (+ residual, rounded, written to summed); normed, summed and rstd [tokens, heads, ...]
+  // are contiguous.
+  void (*rms_norm)(const Heads& x, const Heads* residual, const float* weight, float eps, void* normed, void* summed,
+                   float* rstd, int threads);
+  // grad, contiguous, in the states' dtype, of the x that was normed; grad_summed may be null. grad_weight
+  // [ceil(rows / kPieceTokens), width], to be summed over the pieces, or null.
+  void (*rms_norm_backward)(const Heads& grad_normed, const Heads* grad_summed, const Heads& x, const float* weight,
+                            const float* rstd, void* grad, float* grad_weight, int threads);
+  // out, its heads adjacent, = x rotated by sign * the angles of the tables [tokens, >= width / 2] of the states' dtype.
+  void (*rope)(const Heads& x, const void* cos, const void* sin, std::int64_t table_stride, float sign, void* out,
+               std::int64_t out_token_stride, int threads);
 };
 
 const Kernels& kernels_baseline();

@@ -12,5 +12,11 @@ void span_sums(const States& student, const SpanTerm&, std::int64_t width, float
                int threads);
 void backward(const States&, const Sentences&, Pooling, const float* grad_pooled, const SpanTerm*, void* grad_hidden,
               float* grad_weight, float* by_piece, float* scratch, int threads);
+void rms_norm(const Heads& x, const Heads* residual, const float* weight, float eps, void* normed, void* summed, float* rstd,
+              int threads);
+void rms_norm_backward(const Heads& grad_normed, const Heads* grad_summed, const Heads& x, const float* weight,
+                       const float* rstd, void* grad, float* grad_weight, int threads);
+void rope(const Heads& x, const void* cos, const void* sin, std::int64_t table_stride, float sign, void* out,
+          std::int64_t out_token_stride, int threads);
 
 }  // namespace mtllm::cpu::MTLLM_LEVEL
