@@ -1,4 +1,4 @@
-"""Metadata is in pyproject.toml; this file drives CMake for the extensions ``mtllm_fast._cpu`` and ``mtllm_fast._cuda``.
+"""Metadata is in pyproject.toml; this file drives CMake for the extensions ``_cpu`` and ``_cuda``.
 
 MTLLM_FAST_CUDA        auto (default): build with nvcc, else say what was left out. 1: fail without nvcc. 0: leave out.
 MTLLM_FAST_CPU         the same for the CPU extension, which needs a C++ compiler.

@@ -130,7 +130,7 @@ def test_a_level_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_cpu.level() == 0
     native_cpu.level.cache_clear()
     monkeypatch.setenv("MTLLM_FAST_CPU_LEVEL", "mmx")
-    with pytest.raises(CpuKernelError, match="must be auto or one of baseline.*, got 'mmx'"):
+    with pytest.raises(CpuKernelError, match=r"must be auto or one of baseline.*, got 'mmx'"):
         native_cpu.level()
     monkeypatch.undo()
     native_cpu.level.cache_clear()
