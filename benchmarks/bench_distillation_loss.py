@@ -2,12 +2,14 @@
 
 Documents of one length, so that the eager peer pools a dense ``[B, L, D]`` view: its best case. Spans are as words have
 them: three in four of one token on both sides, the others of two, none overlapping. Counted beside the times: the bytes
-that live at once beyond the inputs and the gradient (``extra_mib``).
+that live at once beyond the inputs and the gradient (``extra_mib``), and how many times eager's speed a peer has when
+the two take turns (``x_eager``): what else runs on the machine then slows both.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, ON_GPU, Call, measure
+from harness import DEVICE, ON_GPU, Call, cold_cache, measure, timer
 from torch import Tensor
 
 import mtllm_fast
@@ -24,13 +26,15 @@ from mtllm_fast.bench.gate import ERROR_FLOOR, ERROR_MULTIPLE, relative_error
 
 OP = "distillation_loss"
 EPS = 1e-5
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 PEERS = (*BACKENDS, "eager", "compiled")
 TERMS = ("pooled", "spans", "spans of normed states", "both")
 CASES = ((4096, 512), (16384, 512)) if ON_GPU else ((2048, 512), (16384, 512))
 WIDTH = 4096
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 WEIGHTS = {"pooled": (1.0, 0.0), "both": (0.333, 0.667)}  # of the sequences and the spans; else (0, 1)
+
+TURNS = 15 if ON_GPU else 5
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -140,6 +144,20 @@ def runner(loss: Loss, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
     return forward_and_backward
 
 
+def speed_beside(other: Callable[[], object], call: Callable[[], object]) -> float:
+    """The time of ``other`` over that of ``call``: the median over turns, after one that warms both up."""
+    ratios = []
+    for _ in range(TURNS + 1):
+        seconds = []
+        for function in (other, call):
+            cold_cache()
+            start = timer()
+            function()
+            seconds.append(timer() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])
+
+
 def least_work(problem: Problem, term: str) -> tuple[int, int]:
     """(bytes, FLOPs): the forward reads the student's states, the backward reads them and writes their gradient;
     with spans both read the teacher's too. About 16 FLOPs per element of a state."""
@@ -162,5 +180,7 @@ def test_distillation_loss(benchmark: Any, term: str, tokens: int, length: int, 
     moved_bytes, flops = least_work(problem, term)
     case = f"{term} T={tokens} L={length} D={WIDTH} {'bf16' if ON_GPU else 'fp32'}"
     call = runner(implementation(peer, problem, term), problem)
+    if peer != "eager":
+        benchmark.extra_info["x_eager"] = speed_beside(runner(eager(problem, term), problem), call)
     benchmark.extra_info["extra_mib"] = (peak_bytes(call, DEVICE) - problem.hidden_TD.nbytes) / 2**20
     measure(benchmark, Call(OP, peer, case, call, moved_bytes, flops, truth, allowed, DTYPE))

@@ -23,7 +23,7 @@ from mtllm_fast.bench.gate import ERROR_FLOOR, ERROR_MULTIPLE, relative_error
 
 OP = "norm_pool"
 EPS = 1e-5
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 PEERS = (*BACKENDS, "huggingface", "F.rms_norm", "compiled", "liger")
 # (tokens T, tokens per sentence): one short batch, one of sentences, one of documents.
 CASES = ((512, 64), (4096, 64), (16384, 512)) if ON_GPU else ((2048, 64),)

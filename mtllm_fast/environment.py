@@ -27,7 +27,7 @@ Section = dict[str, str]
 
 
 def environment() -> dict[str, Section]:
-    """Facts by section (``versions``, ``hardware``, ``cuda extension``, ``cpu extension``, one per op, ``settings``), all as text.
+    """Facts by section (``versions``, ``hardware``, both extensions, one per op, ``settings``), all as text.
 
     >>> environment()["versions"]["python"] == platform.python_version()
     True

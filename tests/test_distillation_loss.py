@@ -411,7 +411,7 @@ def test_memory_is_a_fraction_of_eagers():
 def test_whoever_watches_sees_the_op():
     problem = make_problem(device="meta")
     assert distillation_loss(problem.hidden, problem.weight, **problem.arguments()).loss.is_meta
-    chosen = explain("distillation_loss", make_problem().hidden, None, cu_seqlens_of((1,)))
+    chosen = explain("distillation_loss", make_problem().hidden.double(), None, cu_seqlens_of((1,)))
     assert chosen.chosen == "reference"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mtllm_fast.core import native_cpu
 from mtllm_fast.core.errors import UnsupportedBackendError
 from mtllm_fast.ops import explain
 from mtllm_fast.ops.norm_pool import chunks, norm_pool, schema
@@ -299,7 +300,7 @@ HIDDEN, WEIGHT, CU_SEQLENS = torch.ones(7, 16), torch.ones(16), torch.tensor([0,
         (
             {"backend": "cutlass"},
             UnsupportedBackendError,
-            "no backend 'cutlass'; there are auto, cuda, triton, reference",
+            "no backend 'cutlass'; there are auto, cuda, triton, cpu, reference",
         ),
         ({"backend": "cuda"}, UnsupportedBackendError, "backend 'cuda' .* on cpu. What would work: .*reference"),
     ],
@@ -317,11 +318,13 @@ def test_kernels_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UnsupportedBackendError, match="TRITON_INTERPRET=1 is not set"):
         norm_pool(HIDDEN, WEIGHT, CU_SEQLENS, eps=EPS, backend="triton")
+    monkeypatch.setattr(native_cpu, "_load", lambda: (None, "the CPU extension was not built: no compiler"))
     explanation = explain("norm_pool", HIDDEN, WEIGHT, CU_SEQLENS, eps=EPS)
     assert explanation.chosen == "reference"
     assert str(explanation).splitlines()[1:] == [
         "  cuda: no: the tensors are on cpu",
         "  triton: no: the tensors are on the CPU and TRITON_INTERPRET=1 is not set",
+        "  cpu: no: the CPU extension was not built: no compiler",
         "  reference: chosen",
     ]
     assert explain("norm_pool", HIDDEN, WEIGHT, CU_SEQLENS, eps=EPS, backend="cuda").chosen is None

@@ -30,7 +30,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("mtllm_fast._cuda"), ""
     except ImportError as error:
-        left_out = build_record().get("left_out_because", "")
+        left_out = build_record().get("cuda_left_out_because", "")
         return None, f"the CUDA extension was not built: {left_out or error}"
 
 

@@ -26,7 +26,9 @@ CPU = Setting(
     "MTLLM_FAST_CPU", "auto", "build: 1 requires the CPU extension, 0 leaves it out, auto builds it with a C++ compiler"
 )
 CPU_LEVEL = Setting(
-    "MTLLM_FAST_CPU_LEVEL", "auto", "instruction set of the CPU extension: baseline, avx2 or avx512; auto takes the best"
+    "MTLLM_FAST_CPU_LEVEL",
+    "auto",
+    "instruction set of the CPU extension: baseline, avx2 or avx512; auto takes the best",
 )
 CACHE = Setting("MTLLM_FAST_CACHE", "~/.cache/mtllm_fast", "folder of generated files (the tiny checkpoint)")
 

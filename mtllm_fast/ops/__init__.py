@@ -16,7 +16,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend serves ``op(*args, **kwargs)``, and why the others do not. Nothing is computed.
 
     >>> import torch
-    >>> hidden, weight = torch.ones(3, 4), torch.ones(4)
+    >>> hidden, weight = torch.ones(3, 4, dtype=torch.float64), torch.ones(4)
     >>> cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
     >>> explain("norm_pool", hidden, weight, cu_seqlens, eps=1e-5).chosen
     'reference'

@@ -28,9 +28,11 @@ def forward(
 def mean_of_normed(
     hidden_states: Tensor, weight: Tensor | None, cu_seqlens: Tensor, eps: float, pooling: str = "mean"
 ) -> Tensor:
-    """Σ_t r_t x̂_t [B, D] fp32, without the gain; Σ_t r_t h_t where ``weight`` is None: the states are normed already."""
+    """Σ_t r_t x̂_t [B, D] fp32, without the gain; Σ_t r_t h_t where ``weight`` is None (normed states)."""
     normed_mean = native_cpu.empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
-    partial = native_cpu.empty(num_pieces(hidden_states, cu_seqlens) if pooling == "mean" else 0, hidden_states.shape[1])
+    partial = native_cpu.empty(
+        num_pieces(hidden_states, cu_seqlens) if pooling == "mean" else 0, hidden_states.shape[1]
+    )
     gain = None if weight is None else weight.float()
     status = native_cpu.extension().pool(
         native_cpu.level(), states(hidden_states, gain, eps), sentences(hidden_states, cu_seqlens), POOLINGS[pooling],
