@@ -114,6 +114,18 @@ def test_a_state_dict_still_shares_the_parameters_memory():
     assert module.k_proj.weight.eq(0).all()
     assert module.k_proj.weight._version > version
     assert module.state_dict(keep_vars=True)["k_proj.weight"] is module.k_proj.weight
+    with torch.inference_mode():
+        assert_same(module.state_dict(), values(module))
+
+
+def test_a_state_dict_of_memory_that_may_be_freed_is_not_touched():
+    """FSDP frees its flat parameters by resizing their storage, and a slice of it would not notice."""
+    module = attention()
+    merge_projections(module)
+    flatten(module)
+    flat = module.k_proj.weight.untyped_storage()
+    assert flat.resizable()
+    assert all(tensor.untyped_storage()._cdata == flat._cdata for tensor in module.state_dict().values())
 
 
 @pytest.mark.parametrize("shards", [None, "100KB"])
@@ -348,6 +360,16 @@ def test_parameters_side_by_side_in_memory_are_not_merged():
     assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
     with torch.no_grad():
         assert merged([*module.values()]) is None
+
+
+def test_the_same_place_in_another_storage_is_not_merged():
+    module = attention()
+    merge_projections(module)
+    module.k_proj.weight.data = torch.zeros(64, 24)[32:48]
+    with torch.no_grad():
+        assert merged([*module.values()]) is None
+    assert merge_projections(module).merged == 1
+    assert is_merged(module)
 
 
 def test_gradients_and_autocast_need_the_parameters():

@@ -167,6 +167,8 @@ def _is_joined(parts: Sequence[nn.Parameter]) -> bool:
 
 def _lay_out(parts: Sequence[nn.Parameter]) -> None:
     whole = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    if not whole.is_meta:  # a slice of a storage cannot be resized, which makes slices of it safe: see _state_dict_hook
+        whole.set_(whole.untyped_storage()[:], 0, whole.shape, whole.stride())
     for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         place.copy_(part)
         part.data = place  # frees what it was
@@ -217,14 +219,15 @@ def _state_dict_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     """Give each merged tensor of a state dict a storage that is no longer than itself, over the same memory.
 
     Else safetensors' ``save_model`` refuses the model, ``save_pretrained`` copies it whole first, and ``torch.save`` of
-    one tensor writes its group. A slice of a storage is such a storage; safetensors loads its files so.
+    one tensor writes its group. A slice of a storage is such a storage; safetensors loads its files so. It keeps the
+    memory alive, unless the whole can be resized: FSDP frees its flat parameters so, and they are not touched.
     """
     for name in module._parameters:
         tensor = state_dict.get(prefix + name)
         if type(tensor) is not Tensor or tensor.is_meta or not tensor.is_contiguous():
             continue
         storage = tensor.untyped_storage()
-        if storage.nbytes() == tensor.nbytes or (tensor.device.type == "cpu" and tensor.is_shared()):
+        if storage.resizable() or storage.nbytes() == tensor.nbytes or (tensor.is_cpu and tensor.is_shared()):
             continue
         start = tensor.storage_offset() * tensor.element_size()
         memory = storage[start : start + tensor.nbytes]
