@@ -65,6 +65,11 @@ def _varlen_attention(torch: Any, device: str) -> dict[str, Any]:
     return {"q": heads, "k": heads, "v": heads, "cu_seqlens": cu_seqlens, "max_seqlen": 3}
 
 
+def _rms_norm(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"hidden_states": hidden, "weight": hidden[0], "eps": 1e-5, "residual": hidden}
+
+
 def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
     from mtllm_fast.ops.stack_projection import StackWeights
 
@@ -81,6 +86,7 @@ def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "distillation_loss": _distillation_loss,
     "norm_pool": _norm_pool,
+    "rms_norm": _rms_norm,
     "stack_projection": _stack_projection,
     "token_kl_loss": _token_kl_loss,
     "varlen_attention": _varlen_attention,
