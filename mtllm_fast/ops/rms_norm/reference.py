@@ -31,7 +31,7 @@ def forward(
             rows = torch.add(rows, residual[start:stop], out=summed[start:stop])
         rows = rows.to(dtype)
         rstd[start:stop] = r = rstd_of(rows, eps)
-        out = normed[start:stop] if normed.dtype == dtype else torch.empty_like(rows)
+        out = normed[start:stop] if normed.dtype == dtype else rows  # a widened copy
         torch.mul(rows, r[..., None], out=out).mul_(gain)
         if normed.dtype != dtype:
             normed[start:stop] = out

@@ -19,8 +19,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Rotary position embedding of q and k, rotate-half convention, as Hugging Face's Llama has it.
 
-    With the halves ``a, b`` of a head, of width hd / 2: ``a' = a cos − b sin`` and ``b' = b cos + a sin``. Computed in
-    float32 (float64 for float64 heads) and rounded once, both in one launch. Su et al., "RoFormer", 2021.
+    With the halves ``a, b`` of a head, of width hd / 2: ``a' = a cos − b sin`` and ``b' = b cos + a sin``. The kernel
+    computes both in float32 and rounds once, in one launch. Su et al., "RoFormer", 2021.
 
     Differentiable once in q and k: the gradient is rotated back, and nothing but the tables is kept. Deterministic.
     Autocast changes nothing.

@@ -2,8 +2,9 @@
 
     a' = a cos − b sin      b' = b cos + a sin
 
-of the halves a, b of each head; with -sin for the inverse. Computed in float32 (float64 for float64 heads), rounded
-once. On a CPU everything is made block by block of tokens in a core's cache: memory is read once and written once.
+of the halves a, b of each head; with -sin for the inverse. Tables of the dtype of the heads are used as they are, so
+that nothing is made beside the outputs: in half precision ``a cos`` is rounded, then the sum. Float32 tables of half
+heads make everything float32, rounded once. On a CPU this goes block by block of tokens in a core's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mtllm_fast.ops.rms_norm.reference import token_blocks
 def rotate(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """q, k and perhaps v -> the same rotated, v copied; all ``[T, heads, hd]``, the tables ``[T, hd]``."""
     half = cos.shape[1] // 2
-    dtype = wide(inputs[0].dtype)
+    dtype = cos.dtype if cos.dtype == inputs[0].dtype else wide(inputs[0].dtype)
     sign = 1 if inverse else -1
     for source, out in zip(inputs[:2], outputs[:2], strict=True):
         for start, stop in token_blocks(out):

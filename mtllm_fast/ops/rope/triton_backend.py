@@ -9,6 +9,8 @@ Names: ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` a block of values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,7 +115,7 @@ def _case(
         **dict.fromkeys(("cos", "sin"), f"*{tables or dtype}"),
         **dict.fromkeys((*strides, *VARYING), "i32"),
     }
-    constants = {"H": H, "KV": KV, "HALF": hd // 2, "INVERSE": inverse, **blocks(H, KV, hd // 2)}
+    constants: dict[str, Any] = {"H": H, "KV": KV, "HALF": hd // 2, "INVERSE": inverse, **blocks(H, KV, hd // 2)}
     constants |= dict.fromkeys(absent)
     name = f"rope_kernel {dtype} {constants}"
     return TritonCase(name, rope_kernel, types, constants, strides, max_registers=104)

@@ -16,7 +16,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """The gated activation of an LLM's MLP: ``silu(gate) ⊙ up`` with ``silu(x) = x / (1 + exp(-x))``.
 
-    Computed in float32 (float64 for float64 inputs) and rounded once, where Hugging Face also rounds ``silu(gate)``.
+    The kernels compute in float32 and round once; the reference also rounds ``silu(gate)``, as Hugging Face does.
     Shazeer, "GLU Variants Improve Transformer", 2020. Differentiable once in both; the backward keeps the inputs alone
     and writes both gradients in one pass, for a merged input into one buffer of its shape, so that the gradient of the
     merged projection is one product. Deterministic. Autocast changes nothing.
