@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.distillation_loss import DistillationLoss as DistillationLoss
     from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
+    from mtllm_fast.ops.rms_norm import rms_norm as rms_norm
+    from mtllm_fast.ops.rope import rope as rope
+    from mtllm_fast.ops.rope import rope_qkv as rope_qkv
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
+    from mtllm_fast.ops.swiglu import swiglu as swiglu
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
     from mtllm_fast.text.alignment import SpanAlignment as SpanAlignment
@@ -53,7 +57,11 @@ _HOME = {
     "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
+    "rms_norm": "mtllm_fast.ops.rms_norm",
+    "rope": "mtllm_fast.ops.rope",
+    "rope_qkv": "mtllm_fast.ops.rope",
     "stack_projection": "mtllm_fast.ops.stack_projection",
+    "swiglu": "mtllm_fast.ops.swiglu",
     "token_kl_loss": "mtllm_fast.ops.token_kl_loss",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",
 }

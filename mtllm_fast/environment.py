@@ -60,10 +60,24 @@ def _distillation_loss(torch: Any, device: str) -> dict[str, Any]:
     return side | teacher
 
 
+def _swiglu(torch: Any, device: str) -> dict[str, Any]:
+    return {"gate": torch.randn(5, 64, dtype=torch.bfloat16, device=device)}
+
+
 def _varlen_attention(torch: Any, device: str) -> dict[str, Any]:
     heads = torch.randn(5, 2, 64, dtype=torch.bfloat16, device=device)
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     return {"q": heads, "k": heads, "v": heads, "cu_seqlens": cu_seqlens, "max_seqlen": 3}
+
+
+def _rms_norm(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"hidden_states": hidden, "weight": hidden[0], "eps": 1e-5, "residual": hidden}
+
+
+def _rope(torch: Any, device: str) -> dict[str, Any]:
+    heads = torch.randn(5, 2, 64, dtype=torch.bfloat16, device=device)
+    return {"q": heads, "k": heads, "cos": heads[:, 0], "sin": heads[:, 1]}
 
 
 def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
@@ -82,7 +96,10 @@ def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "distillation_loss": _distillation_loss,
     "norm_pool": _norm_pool,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
     "stack_projection": _stack_projection,
+    "swiglu": _swiglu,
     "token_kl_loss": _token_kl_loss,
     "varlen_attention": _varlen_attention,
 }

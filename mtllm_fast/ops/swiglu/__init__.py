@@ -1,0 +1,3 @@
+from mtllm_fast.ops.swiglu.api import swiglu
+
+__all__ = ["swiglu"]
