@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mtllm_fast.ops import explain as explain
     from mtllm_fast.ops.distillation_loss import DistillationLoss as DistillationLoss
     from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
+    from mtllm_fast.ops.layer_norm import layer_norm as layer_norm
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
@@ -52,6 +53,7 @@ _HOME = {
     "explain": "mtllm_fast.ops",
     "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
+    "layer_norm": "mtllm_fast.ops.layer_norm",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "stack_projection": "mtllm_fast.ops.stack_projection",
     "token_kl_loss": "mtllm_fast.ops.token_kl_loss",

@@ -73,6 +73,11 @@ def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
     return {"encoder_states": square, "weights": weights, "cos": square, "sin": square, "form": "absorbed"}
 
 
+def _layer_norm(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"hidden_states": hidden, "weight": hidden[0], "bias": hidden[1], "eps": 1e-5, "residual": hidden}
+
+
 def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
     hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
     return {"hidden_states": hidden, "teacher_hidden_states": hidden.flip(0), "weight": hidden.repeat(20, 1)}
@@ -80,6 +85,7 @@ def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
 
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "distillation_loss": _distillation_loss,
+    "layer_norm": _layer_norm,
     "norm_pool": _norm_pool,
     "stack_projection": _stack_projection,
     "token_kl_loss": _token_kl_loss,
