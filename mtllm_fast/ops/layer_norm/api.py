@@ -71,7 +71,7 @@ def layer_norm(
     elif save:
         normed, summed = schema.EagerLayerNorm.apply(*arguments)[:2]
     else:
-        normed, summed = schema.launch_forward(*arguments)[:2]
+        normed, summed = schema.compute_forward(*arguments)[:2]
     return normed if residual is None and sum_bias is None else (normed, summed)
 
 

@@ -37,7 +37,7 @@ def _rows(states: Tensor) -> Tensor:
     return states if states.stride(1) == 1 else states.contiguous()
 
 
-def launch_forward(
+def compute_forward(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -46,9 +46,9 @@ def launch_forward(
     eps: float,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(normed [T, d], summed [T, d], mean [T], rstd [T]), an empty tensor in place of one that is not asked for"""
-    outputs = BACKENDS.load(backend, hidden_states).forward(
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(normed [T, d], summed [T, d], mean [T], rstd [T])"""
+    return BACKENDS.load(backend, hidden_states).forward(
         _rows(hidden_states),
         weight.contiguous(),
         bias.contiguous(),
@@ -57,6 +57,11 @@ def launch_forward(
         eps,
         save,
     )
+
+
+def launch_forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with an empty tensor in place of one that is not asked for, as the registered op must have it."""
+    outputs = compute_forward(hidden_states, *arguments)
     normed, summed, mean, rstd = (hidden_states.new_empty(0) if output is None else output for output in outputs)
     return normed, summed, mean, rstd
 
