@@ -175,6 +175,14 @@ def test_sum_bias(backend: str, dtype: torch.dtype, with_residual: bool, device:
     assert_as_accurate({"summed": summed}, {"summed": plain_sum}, {"summed": truth}, rules)
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_is_that_of_the_returned_sum(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = inputs(12, 64, dtype=dtype, device=device)
+    normed, summed = layer_norm(**tensors, eps=EPS, backend=backend)
+    assert torch.equal(layer_norm(summed, tensors["weight"], tensors["bias"], eps=EPS, backend=backend), normed)
+
+
 def test_sum_bias_refuses_gradients() -> None:
     tensors = inputs(3, 16)
     trained = {**tensors, "hidden_states": tensors["hidden_states"].requires_grad_()}
