@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
     from mtllm_fast.models import MTLLMForTokenClassification as MTLLMForTokenClassification
     from mtllm_fast.ops import explain as explain
+    from mtllm_fast.ops.bias_relu import bias_relu as bias_relu
     from mtllm_fast.ops.distillation_loss import DistillationLoss as DistillationLoss
     from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
+    from mtllm_fast.ops.embed_tokens import embed_tokens as embed_tokens
+    from mtllm_fast.ops.layer_norm import layer_norm as layer_norm
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
     from mtllm_fast.ops.rms_norm import rms_norm as rms_norm
     from mtllm_fast.ops.rope import rope as rope
@@ -52,10 +55,13 @@ _HOME = {
     "DistillationLoss": "mtllm_fast.ops.distillation_loss",
     "SpanAlignment": "mtllm_fast.text.alignment",
     "align_spans": "mtllm_fast.text.alignment",
+    "bias_relu": "mtllm_fast.ops.bias_relu",
     "distillation_loss": "mtllm_fast.ops.distillation_loss",
+    "embed_tokens": "mtllm_fast.ops.embed_tokens",
     "explain": "mtllm_fast.ops",
     "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
+    "layer_norm": "mtllm_fast.ops.layer_norm",
     "norm_pool": "mtllm_fast.ops.norm_pool",
     "rms_norm": "mtllm_fast.ops.rms_norm",
     "rope": "mtllm_fast.ops.rope",

@@ -88,13 +88,31 @@ def _stack_projection(torch: Any, device: str) -> dict[str, Any]:
     return {"encoder_states": square, "weights": weights, "cos": square, "sin": square, "form": "absorbed"}
 
 
+def _layer_norm(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"hidden_states": hidden, "weight": hidden[0], "bias": hidden[1], "eps": 1e-5, "residual": hidden}
+
+
+def _bias_relu(torch: Any, device: str) -> dict[str, Any]:
+    hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    return {"x": hidden, "bias": hidden[0]}
+
+
+def _embed_tokens(torch: Any, device: str) -> dict[str, Any]:
+    weight, ids = torch.randn(5, 64, dtype=torch.bfloat16, device=device), torch.arange(3, device=device)
+    return {"input_ids": ids, "weight": weight, "position_ids": ids, "table": weight, "scale": 8.0, "offset": 2}
+
+
 def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
     hidden = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
     return {"hidden_states": hidden, "teacher_hidden_states": hidden.flip(0), "weight": hidden.repeat(20, 1)}
 
 
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
+    "bias_relu": _bias_relu,
     "distillation_loss": _distillation_loss,
+    "embed_tokens": _embed_tokens,
+    "layer_norm": _layer_norm,
     "norm_pool": _norm_pool,
     "rms_norm": _rms_norm,
     "rope": _rope,
