@@ -31,7 +31,7 @@ def lora_linear(
     source: RmsNormed | Gated | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Frozen projections of one x, each with a trained low-rank branch: ``y_g = x W_gᵀ + bias_g + s_g D_g(x) A_gᵀ B_gᵀ``.
+    """Frozen projections of one x with low-rank branches: ``y_g = x W_gᵀ + bias_g + s_g D_g(x) A_gᵀ B_gᵀ``.
 
     LoRA (Hu et al., 2021, arXiv 2106.09685) as PEFT computes it, for q, k and v, or gate and up, in one go. ``D_g`` is
     dropout with a mask of its own for each adapter, computed from a seed wherever it is needed and never stored; with
@@ -53,7 +53,7 @@ def lora_linear(
         bias: ``[Σ N_g]``.
         dropout: 0 <= p < 1, rounded to a multiple of 2⁻¹⁶.
         seed: int64 ``[1]`` on the CPU: the same seed, the same masks. By default drawn from torch's default generator,
-            so that ``torch.manual_seed`` and checkpointing rule it. (A CUDA graph replays the masks it was captured with.)
+            so that ``torch.manual_seed`` and checkpointing rule it. (A CUDA graph repeats the masks of its capture.)
         source: what x was computed from, ``RmsNormed(states, rstd, weight)`` or ``Gated(gate, up)``: kept instead of x,
             which is computed again in the backward. Only saves memory; gradients reach these through x.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
@@ -62,7 +62,7 @@ def lora_linear(
         For each projection ``[T, N_g]`` in the dtype of x: columns of one matrix, so rows are strided.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, device or value is wrong, or a weight or bias wants a gradient.
+        ValueError, TypeError: an argument's shape, dtype, device or value is wrong; a weight or bias wants a gradient.
         UnsupportedBackendError: the named backend cannot serve this call.
 
     >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
@@ -113,7 +113,8 @@ def _arguments(
             f"got {[type(adapter).__name__ for adapter in adapters]}"
         )
     _check_base(x, weights, bias, sum(sizes))
-    at, present = 0, []
+    at = 0
+    present: list[tuple[int, Adapter]] = []
     for g, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         if adapter is not None:
             _check_adapter(x, g, Adapter(*adapter), size, present[0][1].a.dtype if present else adapter[0].dtype)

@@ -50,7 +50,7 @@ def backward(
     grad_x = _base_gradient(grad_y, weights) if needs_x else None
     flat = low.new_empty(group.parameters()) if needs_adapters else None
     grads_a, grads_b = ([], []) if flat is None else group.views(flat)
-    x = states(x) if needs_adapters else None
+    inputs = None if flat is None else states(x)
     for g, (a, b, columns, rank) in enumerate(zip(group.a, group.b, group.columns, _split(low, group), strict=True)):
         grad = grad_y[:, columns].to(b.dtype)
         d = (grad @ b).mul_(group.scales[g])
@@ -59,9 +59,9 @@ def backward(
             keep = keep_mask(group.seed, g, tokens, a.shape[1], group.dropout, grad_y.device)
         if grad_x is not None:
             _add_low_rank(grad_x, d, a, keep, c)
-        if flat is not None:
+        if inputs is not None:
             torch.mm(grad.t(), rank, out=grads_b[g]).mul_(group.scales[g])
-            torch.mm(d.t(), _masked(x, keep).to(a.dtype), out=grads_a[g]).mul_(c)
+            torch.mm(d.t(), _masked(inputs, keep).to(a.dtype), out=grads_a[g]).mul_(c)
     return grad_x, flat
 
 
@@ -82,7 +82,7 @@ def _low(x: Tensor, group: Group) -> Tensor:
         return x.to(dtype) @ (group.a[0] if len(group.a) == 1 else torch.cat([*group.a])).t()
     low = x.new_empty(x.shape[0], group.rank_starts[-1], dtype=dtype)
     for g, (a, rank) in enumerate(zip(group.a, _split(low, group), strict=True)):
-        keep = keep_mask(group.seed, g, *x.shape, group.dropout, x.device)
+        keep = keep_mask(group.seed, g, x.shape[0], x.shape[1], group.dropout, x.device)
         rank.copy_(_masked(x, keep).to(dtype) @ a.t())
     return low.mul_(kept_scale(group.dropout))
 
@@ -103,10 +103,10 @@ def _product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 
 def _base_gradient(grad_y: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    grad_x, start = None, 0
-    for weight in weights:
-        grad = grad_y[:, start : (start := start + weight.shape[0])]
-        grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+    start = weights[0].shape[0]
+    grad_x = grad_y[:, :start] @ weights[0]
+    for weight in weights[1:]:
+        grad_x.addmm_(grad_y[:, start : (start := start + weight.shape[0])], weight)
     return grad_x
 
 

@@ -159,16 +159,18 @@ def _gradients(ctx: Any, grad_y: Tensor, needs_x: bool, needs_adapters: bool) ->
         grad_y, source, low, weights, a, b, ctx.scales, ctx.at, ctx.dropout, seed, ctx.kind, needs_x, needs_adapters,
         ctx.backend,
     )  # fmt: skip
-    grads = ([None] * len(a), [None] * len(b))
-    if needs_adapters:
-        grads = Group(a, b, ctx.scales, ctx.at, ctx.dropout, seed).views(flat)
-    return grad_x if needs_x else None, *grads
+    of_x = grad_x if needs_x else None
+    if not needs_adapters:
+        return of_x, [None] * len(a), [None] * len(b)
+    return of_x, *Group(a, b, ctx.scales, ctx.at, ctx.dropout, seed).views(flat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.given = [[None] * len(value) if isinstance(value, (list, tuple)) and _tensors(value) else None for value in inputs]
+    ctx.given = [
+        [None] * len(value) if isinstance(value, (list, tuple)) and _tensors(value) else None for value in inputs
+    ]
     _save(ctx, inputs, output)
 
 

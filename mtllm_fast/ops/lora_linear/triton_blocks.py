@@ -41,7 +41,7 @@ def dropped(b_x, b_hash, ADAPTER: tl.constexpr, THRESHOLD: tl.constexpr):
     """b_x, or 0 where the adapter's mask says so."""
     if THRESHOLD == 0:
         return b_x
-    else:
+    else:  # noqa: RET505 (decided when it is compiled)
         b_half = (b_hash >> 16) if ADAPTER % 2 == 1 else (b_hash & 0xFFFF)
         return tl.where(b_half.to(tl.int32) >= THRESHOLD, b_x, 0.0)
 

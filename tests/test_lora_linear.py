@@ -1,0 +1,451 @@
+"""``lora_linear``: every backend against float64 with its own masks, the masks, and its contract with torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mtllm_fast.core.errors import UnsupportedBackendError
+from mtllm_fast.ops import explain
+from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear, schema
+from mtllm_fast.ops.lora_linear.columns import merged
+from mtllm_fast.ops.lora_linear.masks import keep_mask, kept_scale
+from mtllm_fast.testing.poison import poisoned_memory
+from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate, relative_error
+
+BACKENDS = ["reference", "triton"]
+SEED = torch.tensor([2**60 + 12345])
+SIZES, RANKS = (150, 70, 40), (16, 4, 20)
+
+
+class Case:
+    """Random x, weights and adapters of SIZES and RANKS; ``missing`` projections have no adapter."""
+
+    def __init__(
+        self, device, dtype=torch.float32, adapters=None, tokens=75, width=100, missing=(), bias=False, row_stride=None
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape, dtype=dtype):
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        self.x = random(tokens, row_stride or width)[:, :width].requires_grad_()
+        self.weights = [random(n, width) / math.sqrt(width) for n in SIZES]
+        self.bias = random(sum(SIZES)) if bias else None
+        self.adapters = [
+            None
+            if g in missing
+            else Adapter(
+                (random(r, width, dtype=adapters or dtype) / math.sqrt(width)).requires_grad_(),
+                random(n, r, dtype=adapters or dtype).requires_grad_(),
+                scale=0.5 * (g + 1),
+            )
+            for g, (n, r) in enumerate(zip(SIZES, RANKS, strict=True))
+        ]
+        self.grads = [random(tokens, n) for n in SIZES]
+
+    @property
+    def merged(self) -> Tensor:
+        return torch.cat(self.weights)
+
+    def double(self) -> Case:
+        other = object.__new__(Case)
+        other.x = self.x.detach().double().requires_grad_()
+        other.weights = [w.double() for w in self.weights]
+        other.bias = None if self.bias is None else self.bias.double()
+        other.adapters = [
+            a and Adapter(*(t.detach().double().requires_grad_() for t in a[:2]), a.scale) for a in self.adapters
+        ]
+        other.grads = [g.double() for g in self.grads]
+        return other
+
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"x": self.x}
+        for g, adapter in enumerate(self.adapters):
+            if adapter is not None:
+                named |= {f"a{g}": adapter.a, f"b{g}": adapter.b}
+        return named
+
+    def run(self, outputs) -> dict[str, Tensor]:
+        """The outputs, and the gradients of x and of every adapter."""
+        grads = torch.autograd.grad(outputs, [*self.leaves().values()], self.grads)
+        named = {f"y{g}": y.detach() for g, y in enumerate(outputs)}
+        return named | dict(zip((f"grad of {name}" for name in self.leaves()), grads, strict=True))
+
+    def peft(self, dropout=0.0, seed=SEED) -> dict[str, Tensor]:
+        """What PEFT's modules compute, module by module, with the op's masks."""
+        outputs, g = [], 0
+        biases = [None] * 3 if self.bias is None else self.bias.split(SIZES)
+        for weight, bias, adapter in zip(self.weights, biases, self.adapters, strict=True):
+            y = F.linear(self.x, weight, bias)
+            if adapter is not None:
+                x = self.x.to(adapter.a.dtype)
+                if dropout:
+                    x = x * keep_mask(seed, g, *x.shape, dropout, x.device) * kept_scale(dropout)
+                y = (y + F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scale).to(y.dtype)
+                g += 1
+            outputs.append(y)
+        return self.run(outputs)
+
+    def fast(self, dropout=0.0, seed=SEED, weight=None, **options) -> dict[str, Tensor]:
+        weight = self.merged if weight is None else weight
+        sizes = SIZES if isinstance(weight, Tensor) else None
+        options = {"bias": self.bias, "dropout": dropout, "seed": seed, "sizes": sizes, **options}
+        return self.run(lora_linear(self.x, weight, self.adapters, **options))
+
+
+def check(case: Case, device: torch.device, backend: str, dropout: float = 0.0, **options) -> None:
+    with poisoned_memory():
+        fast = case.fast(dropout, backend=backend, **options)
+    rules = INTERPRETED_RULES if backend == "triton" and device.type == "cpu" else RULES
+    assert_as_accurate(fast, case.peft(dropout), case.double().peft(dropout), rules)
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "adapters"), DTYPES, ids=str)
+def test_against_float64(backend, dtype, adapters, device):
+    check(Case(device, dtype, adapters), device, backend, 0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_dropout(backend, device):
+    check(Case(device), device, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("missing", [(1,), (0, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_without_an_adapter(backend, missing, bias, device):
+    check(Case(device, missing=missing, bias=bias), device, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_separate_weights_and_strided_rows(backend, device):
+    case = Case(device, bias=True, row_stride=108)
+    check(case, device, backend, 0.2, weight=case.weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["rms_norm", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter truncates to bfloat16
+def test_x_is_computed_again_from_its_source(backend, kind, dtype, device):
+    case = Case(device, dtype)
+    one, two = (torch.randn(75, 100, generator=torch.Generator().manual_seed(s)).to(device, dtype) for s in (1, 2))
+    if kind == "rms_norm":
+        rstd, gain = torch.rsqrt(one.float().square().mean(1) + 1e-5), two[0]
+        source = RmsNormed(one, rstd, gain)
+        x = (one.float() * rstd[:, None] * gain.float()).to(dtype)
+    else:
+        both = torch.cat((one, two), 1)  # strided rows
+        source = Gated(both[:, :100], both[:, 100:])
+        x = (F.silu(one.float()) * two.float()).to(dtype)
+    case.x = x.requires_grad_()
+    check(case, device, backend, 0.2, source=source)
+    kept = saved_tensors(lambda: case.fast(0.2, source=source, backend=backend))
+    assert not any(t.data_ptr() == case.x.data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_tokens(backend, tokens, device, monkeypatch):
+    if backend == "triton":
+        from mtllm_fast.ops.lora_linear import triton_backend
+
+        monkeypatch.setattr(triton_backend, "_LEAST_TOKENS", 90)  # so that 300 tokens are three ranges
+        assert triton_backend.token_ranges(300, 4) == (3, 100)
+    case = Case(device, tokens=tokens)
+    if tokens:
+        check(case, device, backend, 0.1)
+    else:
+        assert all(not t.any() for name, t in case.fast(0.1, backend=backend).items() if "grad" in name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_repeat(backend, device):
+    one, two = (Case(device, tokens=20, width=40).fast(0.3, backend=backend) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_needs_a_gradient_gets_one(backend, device):
+    small = {"tokens": 20, "width": 40}
+    both = Case(device, **small).fast(0.3, backend=backend)
+    case = Case(device, **small)
+    case.x.requires_grad_(False)
+    named = {k: v for k, v in case.leaves().items() if k != "x"}
+    y = lora_linear(case.x, case.merged, case.adapters, dropout=0.3, seed=SEED, backend=backend)
+    for name, grad in zip(named, torch.autograd.grad(y, [*named.values()], case.grads), strict=True):
+        assert torch.equal(grad, both[f"grad of {name}"])
+    case = Case(device, **small)
+    for tensor in case.leaves().values():
+        tensor.requires_grad_(tensor is case.x)
+    y = lora_linear(case.x, case.merged, case.adapters, dropout=0.3, seed=SEED, backend=backend)
+    assert torch.equal(torch.autograd.grad(y, case.x, case.grads)[0], both["grad of x"])
+    case = Case(device, **small)
+    y = lora_linear(case.x, case.merged, case.adapters, dropout=0.3, seed=SEED, backend=backend)
+    (partial,) = torch.autograd.grad(y[1], case.x, case.grads[1])  # the other outputs got no gradient
+    assert partial.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_nan(backend, device):
+    case = Case(device, tokens=20, width=40)
+    with torch.no_grad():
+        case.x[3, 5] = float("nan")
+        y = lora_linear(case.x, case.merged, case.adapters, dropout=0.3, backend=backend)
+    assert all(t[3].isnan().all() and t[4:].isfinite().all() for t in y)
+
+
+# Dropout
+
+
+def test_masks_are_independent_and_of_the_right_share():
+    p, shape = 0.3, (400, 500)
+    device = torch.device("cpu")
+    masks = [keep_mask(seed, g, *shape, p, device).double() for seed in (SEED, SEED + 1, -SEED) for g in range(4)]
+    error = 4 / math.sqrt(shape[0] * shape[1])  # four standard deviations
+    deviation = math.sqrt(p * (1 - p))
+    for i, mask in enumerate(masks):
+        assert abs(mask.mean() - (1 - p)) < error * deviation
+        centred = (mask - (1 - p)) / deviation
+        neighbours = [centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1], centred[2:] * centred[:-2]]
+        neighbours += [centred * (other - (1 - p)) / deviation for other in masks[i + 1 :]]
+        assert all(abs(product.mean()) < 1.1 * error for product in neighbours), i
+        for axis in (0, 1):  # rows and columns vary as much as binomial numbers do
+            assert abs(centred.sum(axis).var() / shape[axis] - 1) < 4 * math.sqrt(2 / shape[1 - axis])
+
+
+def test_a_mask_does_not_depend_on_the_number_of_tokens():
+    device = torch.device("cpu")
+    longer, shorter = (keep_mask(SEED, 1, tokens, 3000, 0.1, device) for tokens in (200, 90))
+    assert torch.equal(longer[:90], shorter)
+
+
+def test_seeds_come_from_torch_s_generator(device):
+    case = Case(device)
+
+    def output(**options):
+        return lora_linear(case.x, case.merged, case.adapters, dropout=0.5, **options)[0]
+
+    torch.manual_seed(1)
+    first, second = output(), output()
+    torch.manual_seed(1)
+    assert torch.equal(output(), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(output(seed=SEED), output(seed=SEED))
+    state = torch.get_rng_state()
+    lora_linear(case.x, case.merged, case.adapters)
+    assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_masks(reentrant, device):
+    def loss(case):
+        y = lora_linear(case.x, case.merged, case.adapters, dropout=0.5)
+        return sum(t.square().sum() for t in y)
+
+    results = []
+    for run in (loss, lambda case: checkpoint(loss, case, use_reentrant=reentrant)):
+        case = Case(device)
+        torch.manual_seed(3)
+        x = case.x
+        case.x = x * 1
+        if reentrant:  # it sees the gradients of tensors alone
+            y = (
+                checkpoint(lambda x, c=case: loss(swap(c, x)), case.x, use_reentrant=True)
+                if run is not loss
+                else run(case)
+            )
+        else:
+            y = run(case)
+        y.backward()
+        results.append([x.grad, *(t.grad for name, t in case.leaves().items() if name != "x")])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def swap(case, x):
+    case.x = x
+    return case
+
+
+# Memory and work
+
+
+def saved_tensors(function) -> list[Tensor]:
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function()
+    return kept
+
+
+def test_gradients_side_by_side_are_taken_as_they_lie():
+    buffer = torch.randn(5, 12)
+    pieces = buffer[:, 1:11].split((3, 4, 3), dim=1)
+    together = merged(pieces, (3, 4, 3))
+    assert together.data_ptr() == buffer[:, 1:].data_ptr()
+    assert torch.equal(together, buffer[:, 1:11])
+    apart = (pieces[0], pieces[1].contiguous(), None)
+    assert torch.equal(merged(apart, (3, 4, 3)), torch.cat((buffer[:, 1:8], torch.zeros(5, 3)), 1))
+    assert torch.equal(merged((pieces[1], pieces[0]), (4, 3)), torch.cat((pieces[1], pieces[0]), 1))
+    assert merged(pieces[:1], (3,)) is pieces[0]
+
+
+# The contract with torch
+
+
+def test_gradcheck():
+    case = Case("cpu", tokens=3, width=5, missing=(1,)).double()
+    leaves = case.leaves()
+
+    def outputs(x, a0, b0, a2, b2):
+        adapters = [Adapter(a0, b0, 0.5), None, Adapter(a2, b2, 2.0)]
+        return lora_linear(x, case.merged, adapters, sizes=SIZES, dropout=0.3, seed=SEED)
+
+    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), fast_mode=True)
+
+
+def arguments(case: Case, dropout: float, backend: str = "auto") -> tuple:
+    a, b = zip(*((adapter.a, adapter.b) for adapter in case.adapters), strict=True)
+    at = [0, SIZES[0], SIZES[0] + SIZES[1]]
+    return (case.x, [case.merged], None, [*a], [*b], [0.5, 1.0, 1.5], at, dropout, SEED, [], "x", backend)
+
+
+@pytest.mark.parametrize("trained", ["everything", "x", "adapters", "nothing"])
+def test_opcheck(trained, device):
+    case = Case(device, tokens=9, width=16)
+    for name, tensor in case.leaves().items():
+        tensor.requires_grad_(trained == "everything" or (trained != "nothing" and (name == "x") == (trained == "x")))
+    inputs = arguments(case, 0.3)
+    torch.library.opcheck(schema.forward_op, inputs)
+    with torch.no_grad():
+        low = schema.launch_forward(*inputs)[1]
+        x, weights, _, a, b, scales, at, dropout, seed, _, kind, backend = inputs
+        a, b = [t.detach() for t in a], [t.detach() for t in b]
+        grad = torch.randn(9, sum(SIZES), device=device)
+        backward = (grad, [x.detach()], low, weights, a, b, scales, at, dropout, seed, kind, True, True, backend)
+        torch.library.opcheck(schema.backward_op, backward)
+
+
+def test_compiles_once_for_all_batches(device):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def project(x, weight, adapters, seed):
+        return lora_linear(2 * x, weight, adapters, dropout=0.3, seed=seed)
+
+    graphs = []
+    for tokens in (5, 9, 70):
+        case = Case(device, tokens=tokens, width=16)
+        compiled = case.run(project(case.x, case.merged, case.adapters, SEED))
+        eager = case.run(lora_linear(2 * case.x, case.merged, case.adapters, dropout=0.3, seed=SEED))
+        for name, value in eager.items():
+            assert relative_error(compiled[name], value) < 1e-6, name
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3, "another batch must not recompile"
+
+
+def test_compiled_code_draws_new_masks_on_every_call(device):
+    torch.compiler.reset()
+    case = Case(device, tokens=9, width=16)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def project():
+        return lora_linear(case.x, case.merged, case.adapters, dropout=0.5)[0]
+
+    torch.manual_seed(0)
+    first, second = project(), project()
+    torch.manual_seed(0)
+    assert torch.equal(project(), first)
+    assert not torch.equal(first, second)
+
+
+def test_second_gradient_is_refused():
+    case = Case("cpu")
+    y = lora_linear(case.x, case.merged, case.adapters)
+    (grad,) = torch.autograd.grad(y[0].square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_changes_nothing(device):
+    expected = Case(device).fast(0.3)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = Case(device).fast(0.3)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+CASE = Case("cpu", tokens=4, width=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(1, 4, 8)}, ValueError, r"lora_linear: x must be \[T, K\], got \[1, 4, 8\]"),
+        ({"x": torch.ones(4, 8).int()}, TypeError, "x must be float32 or .*, got int32"),
+        ({"weight": torch.ones(9, 8)}, ValueError, r"weight must be \[260, 8\], got \[9, 8\]"),
+        ({"weight": CASE.merged.bfloat16()}, TypeError, "weight must be float32, got bfloat16"),
+        ({"weight": CASE.merged.requires_grad_()}, ValueError, "weight must be frozen"),
+        ({"weight": CASE.weights[:2]}, ValueError, "adapters must be one or None for each of the 2 projections"),
+        ({"adapters": [None] * 3, "sizes": SIZES}, ValueError, "not all None"),
+        (
+            {"adapters": [*CASE.adapters[:2], None]},
+            ValueError,
+            "sizes must be the projections' widths where one has no",
+        ),
+        ({"sizes": (150, 70, 41)}, ValueError, r"weight must be \[261, 8\]"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias must be \[260\], got \[3\]"),
+        ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and less than 1, got 1.0"),
+        ({"dropout": 0.1, "seed": torch.ones(2)}, ValueError, r"seed must be \[1\], got \[2\]"),
+        ({"dropout": 0.1, "seed": torch.ones(1)}, TypeError, "seed must be int64, got float32"),
+        ({"source": 1}, TypeError, "source must be RmsNormed, Gated or None, got int"),
+        (
+            {"source": Gated(torch.ones(3, 8), torch.ones(4, 8))},
+            ValueError,
+            r"source.gate must be \[4, 8\], got \[3, 8\]",
+        ),
+        ({"backend": "cuda"}, UnsupportedBackendError, "no backend 'cuda'; there are auto, triton, reference"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    given = {"x": CASE.x, "weight": CASE.merged, "adapters": CASE.adapters, **changes}
+    with pytest.raises(error, match=message):
+        lora_linear(**given)
+
+
+def test_bad_adapters():
+    good = CASE.adapters[0]
+    for bad, error, message in (
+        (Adapter(torch.ones(2, 7), good.b), ValueError, r"adapters\[0\].a must be \[r, 8\], got \[2, 7\]"),
+        (Adapter(good.a, torch.ones(150, 3)), ValueError, r"adapters\[0\].b must be \[150, 16\], got \[150, 3\]"),
+        (Adapter(good.a[:0], good.b[:, :0]), ValueError, r"adapters\[0\] must have a rank of at least 1"),
+        (Adapter(good.a, good.b.bfloat16()), TypeError, r"adapters\[0\].b must be float32, got bfloat16"),
+    ):
+        with pytest.raises(error, match=message):
+            lora_linear(CASE.x, CASE.merged, [bad, *CASE.adapters[1:]], sizes=SIZES)
+
+
+def test_kernels_refuse_what_they_cannot_do(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    double = CASE.double()
+    with pytest.raises(UnsupportedBackendError, match=r"something is float64\. What would work: reference"):
+        lora_linear(double.x, double.merged, double.adapters, backend="triton")
+    wide = [Adapter(torch.ones(65, 8), torch.ones(260, 65))]
+    with pytest.raises(UnsupportedBackendError, match="up to 3 adapters of rank 64"):
+        lora_linear(CASE.x, CASE.merged, wide, backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert explain("lora_linear", CASE.x, CASE.merged, CASE.adapters).chosen == "reference"
