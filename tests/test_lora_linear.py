@@ -11,11 +11,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mtllm_fast.bench.counting import counted_work
 from mtllm_fast.core.errors import UnsupportedBackendError
+from mtllm_fast.core.registered import touched_bytes
 from mtllm_fast.ops import explain
-from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear, schema
+from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, api, lora_linear, schema
 from mtllm_fast.ops.lora_linear.columns import merged
-from mtllm_fast.ops.lora_linear.masks import keep_mask, kept_scale
+from mtllm_fast.ops.lora_linear.masks import keep_masks, kept_scale
 from mtllm_fast.testing.poison import poisoned_memory
 from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate, relative_error
 
@@ -87,7 +89,11 @@ class Case:
             if adapter is not None:
                 x = self.x.to(adapter.a.dtype)
                 if dropout:
-                    x = x * keep_mask(seed, g, *x.shape, dropout, x.device) * kept_scale(dropout)
+                    x = (
+                        x
+                        * keep_masks(seed, g + 1, slice(0, x.shape[0]), x.shape[1], dropout, x.device)[g]
+                        * kept_scale(dropout)
+                    )
                 y = (y + F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scale).to(y.dtype)
                 g += 1
             outputs.append(y)
@@ -216,7 +222,11 @@ def test_nan_stays_nan(backend, device):
 def test_masks_are_independent_and_of_the_right_share():
     p, shape = 0.3, (400, 500)
     device = torch.device("cpu")
-    masks = [keep_mask(seed, g, *shape, p, device).double() for seed in (SEED, SEED + 1, -SEED) for g in range(4)]
+    masks = [
+        m.double()
+        for seed in (SEED, SEED + 1, -SEED)
+        for m in keep_masks(seed, 4, slice(0, shape[0]), shape[1], p, device)
+    ]
     error = 4 / math.sqrt(shape[0] * shape[1])  # four standard deviations
     deviation = math.sqrt(p * (1 - p))
     for i, mask in enumerate(masks):
@@ -229,10 +239,10 @@ def test_masks_are_independent_and_of_the_right_share():
             assert abs(centred.sum(axis).var() / shape[axis] - 1) < 4 * math.sqrt(2 / shape[1 - axis])
 
 
-def test_a_mask_does_not_depend_on_the_number_of_tokens():
+def test_a_mask_does_not_depend_on_which_tokens_are_asked_for():
     device = torch.device("cpu")
-    longer, shorter = (keep_mask(SEED, 1, tokens, 3000, 0.1, device) for tokens in (200, 90))
-    assert torch.equal(longer[:90], shorter)
+    longer, part = (keep_masks(SEED, 2, rows, 3000, 0.1, device)[1] for rows in (slice(0, 200), slice(50, 90)))
+    assert torch.equal(longer[50:90], part)
 
 
 def test_seeds_come_from_torch_s_generator(device):
@@ -290,6 +300,86 @@ def saved_tensors(function) -> list[Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         function()
     return kept
+
+
+def llama_layer(tokens: int = 256) -> dict[str, tuple]:
+    """Llama-3.1-8B's four groups of projections, r=16, bf16, on no device: (x, weight, adapters, source)."""
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def group(x, sizes, source=None):
+        rank, width = 16, x.shape[1]
+        pairs = [Adapter(empty(rank, width), empty(n, rank)) for n in sizes]
+        for tensor in (x, *(t for pair in pairs for t in pair[:2])):
+            tensor.requires_grad_()
+        return x, empty(sum(sizes), width), pairs, source
+
+    def normed():
+        return RmsNormed(empty(tokens, 4096), empty(tokens, dtype=torch.float32), empty(4096))
+
+    gated = Gated(empty(tokens, 14336), empty(tokens, 14336))
+    return {
+        "qkv": group(empty(tokens, 4096), (4096, 1024, 1024), normed()),
+        "o": group(empty(tokens, 4096), (4096,)),
+        "gate_up": group(empty(tokens, 4096), (14336, 14336), normed()),
+        "down": group(empty(tokens, 14336), (4096,), gated),
+    }
+
+
+def test_what_a_layer_saves_for_the_backward():
+    tokens = 256
+    groups = llama_layer(tokens)
+    weights = {id(t) for _, weight, pairs, _ in groups.values() for t in (weight, *(t for p in pairs for t in p[:2]))}
+
+    def saved(source) -> float:
+        """KB a token."""
+        kept = saved_tensors(
+            lambda: [
+                lora_linear(x, weight, pairs, dropout=0.05, seed=SEED, source=given if source else None)
+                for x, weight, pairs, given in groups.values()
+            ]
+        )
+        return sum(t.nbytes for t in kept if id(t) not in weights and t is not SEED) / tokens / 1024
+
+    # Residual, attention's output, residual, gate and up; the low-rank states and two rstd; gains.
+    assert saved(source=True) == pytest.approx(8 + 8 + 8 + 56 + 0.22 + 0.008, abs=0.1)
+    # With the rotated q, k and v (12) that attention keeps: a whole layer.
+    assert saved(source=True) + 12 <= 95
+    assert saved(source=False) == pytest.approx(8 + 8 + 8 + 28 + 0.22, abs=0.1)
+
+
+def test_what_a_layer_launches_and_moves():
+    tokens = 256
+    totals = {"forward": [0, 0.0], "backward": [0, 0.0]}
+    for x, weight, pairs, source in llama_layer(tokens).values():
+        sizes = [pair.b.shape[0] for pair in pairs]
+        inputs, _ = api._arguments(x, weight, pairs, sizes, None, 0.05, SEED, source, "auto")
+        _, weights, _, a, b, scales, at, dropout, seed, kept, kind, backend = inputs
+        y, low = schema.forward_op(*inputs)
+        rest = (scales, at, dropout, seed, kind, True, True, backend)
+        work = {
+            "forward": counted_work(lambda inputs=inputs: schema.forward_op(*inputs)),
+            "backward": counted_work(
+                lambda y=y, kept=kept or [x], low=low, w=weights, a=a, b=b, rest=rest: schema.backward_op(
+                    torch.empty_like(y), kept, low, w, a, b, *rest
+                )
+            ),
+        }
+        products = touched_bytes(x, y, weight)  # of the base: not LoRA's
+        parameters = touched_bytes(a, b)
+        for name, done in work.items():
+            totals[name][0] += done.launches
+            totals[name][1] += (done.bytes - products - parameters) / tokens / 1024
+        width = sum(sizes)
+        low_rank = sum(2 * tokens * r * (x.shape[1] + n) for r, n in zip([16] * len(sizes), sizes, strict=True))
+        assert work["forward"].flops == 2 * tokens * x.shape[1] * width + low_rank
+        assert work["backward"].flops == 2 * tokens * x.shape[1] * width + 2 * low_rank
+    # docs/lora.md adds the rest of a layer to these, and says what PEFT's modules take.
+    assert totals["forward"][0] == 8
+    assert totals["backward"][0] == 16
+    assert totals["forward"][1] == pytest.approx(220, abs=1)
+    assert totals["backward"][1] == pytest.approx(353, abs=40)  # at few tokens the adapters and gains show
 
 
 def test_gradients_side_by_side_are_taken_as_they_lie():

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtllm_fast.ops.lora_linear.group import Gated, Group, RmsNormed
-from mtllm_fast.ops.lora_linear.masks import keep_mask, kept_scale
+from mtllm_fast.ops.lora_linear.masks import keep_masks, kept_scale
+
+_BLOCK_ELEMENTS, _LEAST_ROWS = 2**18, 32
 
 
 def forward(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, group: Group) -> tuple[Tensor, Tensor]:
@@ -48,20 +50,24 @@ def backward(
     """(dx [T, K], the gradients of all a, then of all b, flat); x itself, or what it is computed from."""
     tokens, c = grad_y.shape[0], kept_scale(group.dropout)
     grad_x = _base_gradient(grad_y, weights) if needs_x else None
-    flat = low.new_empty(group.parameters()) if needs_adapters else None
+    flat = low.new_zeros(group.parameters()) if needs_adapters else None
     grads_a, grads_b = ([], []) if flat is None else group.views(flat)
-    inputs = None if flat is None else states(x)
-    for g, (a, b, columns, rank) in enumerate(zip(group.a, group.b, group.columns, _split(low, group), strict=True)):
-        grad = grad_y[:, columns].to(b.dtype)
-        d = (grad @ b).mul_(group.scales[g])
-        keep = None
-        if group.seed is not None:
-            keep = keep_mask(group.seed, g, tokens, a.shape[1], group.dropout, grad_y.device)
-        if grad_x is not None:
-            _add_low_rank(grad_x, d, a, keep, c)
-        if inputs is not None:
-            torch.mm(grad.t(), rank, out=grads_b[g]).mul_(group.scales[g])
-            torch.mm(d.t(), _masked(inputs, keep).to(a.dtype), out=grads_a[g]).mul_(c)
+    grads = [grad_y[:, columns].to(b.dtype) for b, columns in zip(group.b, group.columns, strict=True)]
+    for grad_b, grad, rank, scale in zip(grads_b, grads, _split(low, group), group.scales, strict=False):
+        torch.mm(grad.t(), rank, out=grad_b).mul_(scale)
+    # d times c: both products with it want the factor, and this is the smallest place for it.
+    low_rank = [(grad @ b).mul_(scale * c) for grad, b, scale in zip(grads, group.b, group.scales, strict=True)]
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads_a]
+    for rows in _blocks(tokens, group):
+        masks = _masks(group, rows)
+        inputs = None if flat is None else states(_rows(x, rows))
+        for g, (a, d) in enumerate(zip(group.a, low_rank, strict=True)):
+            if grad_x is not None:
+                _add_low_rank(grad_x[rows], d[rows], a, masks[g])
+            if inputs is not None:
+                wide[g] += d[rows].t() @ _masked(inputs, masks[g]).to(a.dtype)
+    for grad, total in zip(grads_a, wide, strict=True):
+        grad.copy_(total)
     return grad_x, flat
 
 
@@ -81,10 +87,29 @@ def _low(x: Tensor, group: Group) -> Tensor:
     if group.seed is None:
         return x.to(dtype) @ (group.a[0] if len(group.a) == 1 else torch.cat([*group.a])).t()
     low = x.new_empty(x.shape[0], group.rank_starts[-1], dtype=dtype)
-    for g, (a, rank) in enumerate(zip(group.a, _split(low, group), strict=True)):
-        keep = keep_mask(group.seed, g, x.shape[0], x.shape[1], group.dropout, x.device)
-        rank.copy_(_masked(x, keep).to(dtype) @ a.t())
+    for rows in _blocks(x.shape[0], group):
+        for a, rank, keep in zip(group.a, _split(low, group), _masks(group, rows), strict=True):
+            torch.mm(_masked(x[rows], keep).to(dtype), a.t(), out=rank[rows])
     return low.mul_(kept_scale(group.dropout))
+
+
+def _blocks(tokens: int, group: Group) -> list[slice]:
+    """Of rows that stay in a core's cache while they are masked; all at once where no mask is made."""
+    size = tokens if group.seed is None else max(_LEAST_ROWS, _BLOCK_ELEMENTS // group.a[0].shape[1])
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size))]
+
+
+def _masks(group: Group, rows: slice) -> list[Tensor] | list[None]:
+    if group.seed is None:
+        return [None] * len(group.a)
+    a = group.a[0]
+    return keep_masks(group.seed, len(group.a), rows, a.shape[1], group.dropout, a.device)
+
+
+def _rows(x: Tensor | RmsNormed | Gated, rows: slice) -> Tensor | RmsNormed | Gated:
+    if isinstance(x, RmsNormed):
+        return RmsNormed(x.states[rows], x.rstd[rows], x.weight)
+    return Gated(x.gate[rows], x.up[rows]) if isinstance(x, Gated) else x[rows]
 
 
 def _split(low: Tensor, group: Group) -> tuple[Tensor, ...]:
@@ -110,8 +135,8 @@ def _base_gradient(grad_y: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return grad_x
 
 
-def _add_low_rank(grad_x: Tensor, d: Tensor, a: Tensor, keep: Tensor | None, c: float) -> None:
+def _add_low_rank(grad_x: Tensor, d: Tensor, a: Tensor, keep: Tensor | None) -> None:
     if keep is None and grad_x.dtype == a.dtype:
         grad_x.addmm_(d, a)
     else:
-        grad_x += _masked((d @ a).mul_(c), keep)
+        grad_x += _masked(d @ a, keep)

@@ -42,8 +42,8 @@ def dropped(b_x, b_hash, ADAPTER: tl.constexpr, THRESHOLD: tl.constexpr):
     if THRESHOLD == 0:
         return b_x
     else:  # noqa: RET505 (decided when it is compiled)
-        b_half = (b_hash >> 16) if ADAPTER % 2 == 1 else (b_hash & 0xFFFF)
-        return tl.where(b_half.to(tl.int32) >= THRESHOLD, b_x, 0.0)
+        b_h = (b_hash << 16) if ADAPTER % 2 == 1 else b_hash
+        return tl.where(b_h.to(tl.int32, bitcast=True) >= THRESHOLD * 65536 - 2147483648, b_x, 0.0)
 
 
 @triton.jit
