@@ -22,7 +22,7 @@ ROUNDING = 2**16
 
 def draw_seed() -> Tensor:
     """int64 [1], from torch's default generator: no GPU is asked, and checkpointing restores its state."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 def threshold_of(dropout: float) -> int:
@@ -49,10 +49,10 @@ def keep_masks(
     column = torch.arange(columns, dtype=torch.int32, device=device) * _PHI
     masks: list[Tensor] = []
     for pair in range(0, adapters, 2):
-        base = _mixed(torch.tensor([_signed(low + pair // 2 * _PHI)], dtype=torch.int32))
-        key_0 = _mixed(torch.arange(rows.start, rows.stop, dtype=torch.int32) + base)
-        key_1 = _mixed(key_0 ^ high).to(device)[:, None]
-        h = column + key_0.to(device)[:, None]
+        base = int(_mixed(torch.tensor([_signed(low + pair // 2 * _PHI)], dtype=torch.int32)))
+        key_0 = _mixed(torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device) + base)[:, None]
+        key_1 = _mixed(key_0 ^ high)
+        h = column + key_0
         scratch = torch.empty_like(h)
         both = pair + 1 < adapters
         _mix(h, scratch, key_1, last=both)
