@@ -82,6 +82,11 @@ def _fake_backward(grad_y: Tensor, source: Any, low: Tensor, weights: Any, a: An
     )
 
 
+def _forward_launches(weights: Sequence[Tensor], b: Sequence[Tensor]) -> int:
+    filled = sum(t.shape[0] for t in b) < sum(w.shape[0] for w in weights)  # columns without an adapter
+    return 1 + len(weights) + filled
+
+
 def _forward_bytes(arguments: Sequence[Any], result: Any) -> int:
     """One kernel reads x and writes y's low-rank part; a product per weight reads both and writes y."""
     x, weights, bias, a, b = arguments[:5]
@@ -106,7 +111,7 @@ forward_op = register(
     " Tensor? seed, Tensor[] source, str kind, str backend) -> (Tensor, Tensor)",
     launch_forward,
     _fake_forward,
-    launches=lambda arguments, result: 1 + len(arguments[1]),
+    launches=lambda arguments, result: _forward_launches(arguments[1], arguments[4]),
     moved_bytes=_forward_bytes,
 )
 backward_op = register(
