@@ -169,7 +169,7 @@ def other_dropout(model):
         (wrapped, lambda model: [m.enable_adapters(False) for m in projections(model)], "no adapter is active"),
         (Attention, lambda model: model.requires_grad_(False), "no adapter is active"),
         (lambda: wrapped(bias=True, targets=("q", "v"), lora_bias=True), None, "has an adapter with a bias"),
-        (wrapped, lambda model: projections(model)[1].base_layer.weight.requires_grad_(), "trains its base"),
+        (wrapped, lambda model: projections(model)[1].base_layer.weight.requires_grad_(), "a base is trained"),
         (wrapped, lambda model: projections(model)[1].register_forward_hook(print), "is hooked"),
         (wrapped, lambda model: projections(model)[1].lora_A["default"].register_forward_hook(print), "is hooked"),
         (wrapped, lambda model: model.base_model.model.q.lora_A.to(torch.bfloat16), "differ in their dtype"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,84 +56,106 @@ def lora_group(
     Returns:
         ``[T, N]`` for each, or None where the modules must be called: ``why_not_lora_group`` says why.
     """
-    if why_not_lora_group(modules, x) is not None:
+    group = _read_group(modules, x)
+    if isinstance(group, str):
         return None
-    bases, branches = [base_linear(module) for module in modules], [_branch(module) for module in modules]
-    dtype = bases[0].weight.dtype
+    dtype = group[0].weight.dtype
     if x.dtype != dtype:  # autocast casts it too
         x, source = x.to(dtype), None
     return lora_linear(
         x,
-        [base.weight for base in bases] if merged_weight is None else merged_weight,
-        [None if branch is None else branch[0] for branch in branches],
-        sizes=[base.out_features for base in bases],
-        bias=_merged_bias(bases),
-        dropout=next(branch[1] for branch in branches if branch is not None),
+        [projection.weight for projection in group] if merged_weight is None else merged_weight,
+        [projection.adapter for projection in group],
+        sizes=[projection.weight.shape[0] for projection in group],
+        bias=_merged_bias(group),
+        dropout=next(projection.dropout for projection in group if projection.adapter is not None),
         source=source,
     )
 
 
 def why_not_lora_group(modules: Sequence[nn.Module], x: Tensor) -> str | None:
     """Why ``lora_group`` cannot serve these modules now, or None if it can."""
+    group = _read_group(modules, x)
+    return group if isinstance(group, str) else None
+
+
+class _Projection(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Adapter | None  # that adds to the output now
+    dropout: float
+    casts: bool  # x to the adapter's dtype
+
+
+def _read_group(modules: Sequence[nn.Module], x: Tensor) -> list[_Projection] | str:
+    """The modules' parameters, or why they must be called."""
+    group = []
     for module in modules:
-        if reason := _why_not_plain(module):
-            return f"a {type(module).__name__} {reason}"
-    branches = [branch for module in modules if (branch := _branch(module)) is not None]
-    if not branches:
+        projection = _read(module)
+        if isinstance(projection, str):
+            return f"a {type(module).__name__} {projection}"
+        group.append(projection)
+    adapted = [(p.adapter, p.dropout, p.casts) for p in group if p.adapter is not None]
+    if not adapted:
         return "no adapter is active"
-    if len({dropout for _, dropout in branches}) > 1:
+    adapter_dtype = adapted[0][0].a.dtype
+    if any(dropout != adapted[0][1] for _, dropout, _ in adapted):
         return "the adapters differ in their dropout"
-    if len({weight.dtype for adapter, _ in branches for weight in (adapter.a, adapter.b)}) > 1:
+    if any(adapter.a.dtype != adapter_dtype or adapter.b.dtype != adapter_dtype for adapter, _, _ in adapted):
         return "the adapters differ in their dtype"
-    bases = {base_linear(module).weight.dtype for module in modules}
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if bases != {dtype}:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_grad_enabled() and any(p.weight.requires_grad or _trained(p.bias) for p in group):
+        return "a base is trained"
+    if any(projection.weight.dtype != dtype for projection in group):
         return f"the products are in {dtype} and a base weight is in another dtype"
-    casts = all(getattr(module, "cast_input_dtype_enabled", True) for module in modules)
-    if not casts and branches[0][0].a.dtype != dtype:
+    if adapter_dtype != dtype and not all(casts for _, _, casts in adapted):
         return "the adapters have another dtype than x, and PEFT was told not to cast x"
-    return None if x.dim() == 2 else f"x must be [T, K], got {list(x.shape)}"
+    return group if x.dim() == 2 else f"x must be [T, K], got {list(x.shape)}"
 
 
-def _why_not_plain(module: Any) -> str | None:
-    base = base_linear(module)
-    parts: list[nn.Module] = [base]
-    if is_lora(module):
-        if reason := why_not_simple_lora(module):
-            return reason
-        names = active_adapters(module)
-        if len(names) > 1:
-            return "has several active adapters"
-        for name in names:
-            parts += [module.lora_A[name], module.lora_B[name]]
-            dropout = module.lora_dropout[name]
-            if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-                return "has a dropout that is not the usual one"
-        if any(part.bias is not None for part in parts[1:]):
-            return "has an adapter with a bias"
-    if any(type(part) is not nn.Linear for part in parts):
-        return "is no plain nn.Linear inside"
-    if is_hooked(module) or any(map(is_hooked, parts)):
+def _read(module: Any) -> _Projection | str:
+    """Each attribute is looked up once: a module's are slow, and this runs in every call of every layer."""
+    if not is_lora(module):
+        return _why_not_plain(module) or _Projection(module.weight, module.bias, None, 0.0, True)
+    base = module.base_layer
+    reason = why_not_simple_lora(module) or _why_not_plain(base) or ("is hooked" if is_hooked(module) else None)
+    if reason is not None:
+        return reason
+    names = active_adapters(module)
+    if module.merged or module.disable_adapters or not names:
+        return _Projection(base.weight, base.bias, None, 0.0, True)
+    if len(names) > 1:
+        return "has several active adapters"
+    name = names[0]
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
+        return "has a dropout that is not the usual one"
+    if reason := _why_not_plain(a) or _why_not_plain(b):
+        return f"has an adapter that {reason}"
+    if a.bias is not None or b.bias is not None:
+        return "has an adapter with a bias"
+    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    casts = getattr(module, "cast_input_dtype_enabled", True)
+    return _Projection(base.weight, base.bias, Adapter(a.weight, b.weight, module.scaling[name]), p, casts)
+
+
+def _trained(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def _why_not_plain(linear: nn.Module) -> str | None:
+    if type(linear) is not nn.Linear:
+        return f"is a {type(linear).__name__}"
+    if is_hooked(linear):
         return "is hooked"
-    sharded = (type(p.weight) is not nn.Parameter or p.weight.shape != (p.out_features, p.in_features) for p in parts)
-    if any(sharded):
+    weight = linear.weight
+    if type(weight) is not nn.Parameter or weight.shape != (linear.out_features, linear.in_features):
         return "is sharded"
-    trained = any(parameter.requires_grad for parameter in base.parameters())
-    return "trains its base" if trained and torch.is_grad_enabled() else None
-
-
-def _branch(module: Any) -> tuple[Adapter, float] | None:
-    """The adapter that adds to the output of a plain module, and its dropout now."""
-    if not is_lora(module) or module.merged or module.disable_adapters:
-        return None
-    for name in active_adapters(module):
-        dropout = module.lora_dropout[name]
-        adapter = Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-        return adapter, dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     return None
 
 
-def _merged_bias(bases: Sequence[nn.Linear]) -> Tensor | None:
-    if all(base.bias is None for base in bases):
+def _merged_bias(group: Sequence[_Projection]) -> Tensor | None:
+    if all(projection.bias is None for projection in group):
         return None
-    return torch.cat([base.weight.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases])
+    return torch.cat([p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in group])
