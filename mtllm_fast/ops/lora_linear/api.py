@@ -59,7 +59,8 @@ def lora_linear(
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
-        For each projection ``[T, N_g]`` in the dtype of x: columns of one matrix, so rows are strided.
+        For each projection ``[T, N_g]`` in the dtype of x: columns of one matrix, so rows are strided, and under
+        autograd they cannot be changed in place.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is wrong; a weight or bias wants a gradient.
