@@ -43,8 +43,9 @@ class _Counter(TorchDispatchMode):
         is_view = any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
         if not is_view and not name.startswith(_FREE):
             declared = DECLARED.get(name, _ONE_KERNEL)
-            self.launches += declared.launches
             given = (*args, *(kwargs or {}).values())
+            launches = declared.launches
+            self.launches += launches if isinstance(launches, int) else launches(given, out)
             moved = declared.moved_bytes
             self.bytes += touched_bytes(given, out) if moved is None else moved(given, out)
         return out

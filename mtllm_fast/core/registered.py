@@ -20,7 +20,8 @@ NAMESPACE = "mtllm_fast"
 class Declared(NamedTuple):
     """What the kernels behind one registered op do, for a count without a GPU."""
 
-    launches: int
+    launches: int | Callable[[Sequence[Any], Any], int]
+    """A number, or a function of (arguments, result)."""
     moved_bytes: Callable[[Sequence[Any], Any], int] | None
     """Of (arguments, result); None: every tensor among them is read or written once."""
 
@@ -35,7 +36,7 @@ def register(
     launch: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    launches: int = 1,
+    launches: int | Callable[[Sequence[Any], Any], int] = 1,
     moved_bytes: Callable[[Sequence[Any], Any], int] | None = None,
 ) -> Any:
     """Define ``mtllm_fast::name``; returns the op.

@@ -7,7 +7,6 @@ for modules that are not what the op expects, the modules run one after the othe
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from mtllm_fast.core.dispatch import needs_grad
 from mtllm_fast.models.layers import is_rms_norm
 from mtllm_fast.models.linear import is_hooked
+from mtllm_fast.models.lora import base_linear, is_lora, why_not_simple_lora
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import break_even_tokens, building_cost, splits
@@ -89,9 +89,9 @@ def why_not_fusable(model: MTLLM) -> str | None:
 
 def _why_not_plain(module: nn.Module, allow_lora: bool) -> str | None:
     base = module
-    if allow_lora and _is_lora(module):
+    if allow_lora and is_lora(module):
         base = module.base_layer
-        if reason := _why_not_simple_lora(module):
+        if reason := why_not_simple_lora(module):
             return reason
     if type(base) is not nn.Linear:
         return f"is a {type(base).__name__}"
@@ -100,25 +100,6 @@ def _why_not_plain(module: nn.Module, allow_lora: bool) -> str | None:
     if type(base.weight) is not nn.Parameter or base.weight.shape != (base.out_features, base.in_features):
         return "is sharded"
     return "is not loaded" if base.weight.is_meta else None
-
-
-def _is_lora(module: nn.Module) -> bool:
-    peft = sys.modules.get("peft.tuners.lora.layer")  # no PEFT module without PEFT
-    return peft is not None and type(module) is peft.Linear
-
-
-def _why_not_simple_lora(module: Any) -> str | None:
-    """PEFT's plain LoRA: merged, switched off, or a sum of B A dropout(x)."""
-    if module.merged:
-        return "has a merged adapter that is switched off" if module.disable_adapters else None
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if any(name in getattr(module, "lora_variant", {}) for name in active) or getattr(module, "fan_in_fan_out", False):
-        return "has a variant of LoRA"
-    return None
-
-
-def base_linear(module: nn.Module) -> nn.Linear:
-    return module.base_layer if _is_lora(module) else module
 
 
 def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:
@@ -154,10 +135,10 @@ def compute_dtype(states: Tensor) -> torch.dtype:
 
 def _lora_deltas(modules: tuple[nn.Module, ...], norm: nn.Module, x: Tensor) -> list[Tensor | None] | None:
     """What the active adapters add to q, k and v, ``[T, H * hd]`` each; None where there is none."""
-    if not any(_is_lora(m) and not m.merged and not m.disable_adapters for m in modules):
+    if not any(is_lora(m) and not m.merged and not m.disable_adapters for m in modules):
         return None
     normed = rms_norm(x, norm.weight, norm.variance_epsilon)
-    return [_lora_delta(module, normed) if _is_lora(module) else None for module in modules]
+    return [_lora_delta(module, normed) if is_lora(module) else None for module in modules]
 
 
 def _lora_delta(module: Any, normed: Tensor) -> Tensor | None:
