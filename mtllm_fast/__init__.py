@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.distillation_loss import DistillationLoss as DistillationLoss
     from mtllm_fast.ops.distillation_loss import distillation_loss as distillation_loss
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
+    from mtllm_fast.ops.quantize_rows import quantize_rows as quantize_rows
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
@@ -53,6 +54,7 @@ _HOME = {
     "init_up_proj_least_squares": "mtllm_fast.training.least_squares",
     "languages": "mtllm_fast.text.languages",
     "norm_pool": "mtllm_fast.ops.norm_pool",
+    "quantize_rows": "mtllm_fast.ops.quantize_rows",
     "stack_projection": "mtllm_fast.ops.stack_projection",
     "token_kl_loss": "mtllm_fast.ops.token_kl_loss",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",

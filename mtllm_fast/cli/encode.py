@@ -67,7 +67,7 @@ def run(job: EncodeJob) -> None:
     if job.out.exists() and job.out.samefile(job.source):
         raise ValueError(f"{job.out} is the input: choose another OUT")
     facts = table.scan()
-    device = _device(job.device)
+    device = pick_device(job.device)
     if job.model == "tiny":
         typer.echo("warning: the model is the embedded tiny one, whose embeddings mean nothing; give --model", err=True)
     if not sys.stderr.isatty():
@@ -111,7 +111,8 @@ def _encode(job: EncodeJob, rows: list[Row], model: Model) -> Any:
         ) from error
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
+    """The device that ``--device`` names; without a name a GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,10 +16,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def quantize_rows(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Rows as 8-bit floats with a scale each: ``q[t] = e4m3(x[t] / scale[t])``, ``scale[t] = max_k |x[t, k]| / 448``.
 
-    448 is the largest value of e4m3 (3 bits of mantissa; Micikevicius et al., "FP8 Formats for Deep Learning", 2022), so
-    nothing overflows, and rounding is to the nearest, ties to even: an element errs by at most 1/16 of itself, or by
-    2^-10 of ``scale`` where it is small. One scale per token keeps an outlier in its own row; one per row of a weight is
-    one per output channel. What ``torch._scaled_mm`` multiplies: ``x wᵀ ≈ scale_x (q_x q_wᵀ) scale_wᵀ``.
+    448 is the largest value of e4m3 (3 bits of mantissa; Micikevicius et al., "FP8 Formats for Deep Learning", 2022),
+    so nothing overflows, and rounding is to the nearest, ties to even: an element errs by at most 1/16 of itself, or by
+    2^-10 of ``scale`` where it is small. One scale per token keeps an outlier in its own row; one per row of a weight
+    is one per output channel. What ``torch._scaled_mm`` multiplies: ``x wᵀ ≈ scale_x (q_x q_wᵀ) scale_wᵀ``.
 
     A row of zeros gives zeros; the scale is at least ``2^-100 / 448``. A row that holds NaN or an infinity becomes NaN,
     scale and values, and so does its product. Deterministic; not differentiable (its gradient raises).
@@ -35,10 +35,13 @@ def quantize_rows(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         ValueError, TypeError: x's shape or dtype is wrong.
         UnsupportedBackendError: the named backend cannot serve this call.
 
-    >>> q, scale = quantize_rows(torch.tensor([[1.0, -2.0, 0.26], [0.0, 0.0, 0.0]]))
-    >>> q.float() * scale
-    tensor([[ 1.0000, -2.0000,  0.2500],
-            [ 0.0000,  0.0000,  0.0000]])
+    >>> q, scale = quantize_rows(torch.tensor([[448.0, -17.0, 0.3], [7.0, 0.0, 1.0]]))
+    >>> q.float()
+    tensor([[448.0000, -16.0000,   0.3125],
+            [448.0000,   0.0000,  64.0000]])
+    >>> scale
+    tensor([[1.0000],
+            [0.0156]])
     """
     _check(x)
     return schema.quantize_op(x, backend) if needs_registered_op(x) else schema.launch(x, backend)

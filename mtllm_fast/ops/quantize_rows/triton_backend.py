@@ -23,7 +23,7 @@ PINNED = {"enable_fp_fusion": True}
 
 @triton.jit
 def quantized_block(b_x, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """``b_x`` ``[BT, BK]`` float32, zero where there is no value -> (``b_x / scale`` to be cast to e4m3, scale ``[BT]``).
+    """``b_x`` ``[BT, BK]`` float32, 0 where there is no value -> (``b_x / scale`` to be cast to e4m3, scale ``[BT]``).
 
     Pass ``LARGEST`` and ``SMALLEST`` of ``e4m3.py``. Within [-448, 448] up to rounding, so the cast saturates nothing.
     """
