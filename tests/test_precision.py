@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
 import sys
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -447,3 +449,15 @@ def test_the_report_s_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys:
         capsys.readouterr()
         assert run(*wrong) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_encode_s_option(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("Habari ya dunia\nHabari za asubuhi\n")
+    arguments = ["encode", tmp_path / "in.txt", "--src-lang", "sw", "--out", tmp_path / "out.npy", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["mtllm-fast", *map(str, arguments), "--precision", "int8"])
+    with contextlib.suppress(SystemExit):
+        main()
+    model = MTLLM.from_pretrained("tiny")
+    model.fuse("int8")
+    expected = model.encode(["Habari ya dunia", "Habari za asubuhi"], "swh_Latn", convert_to_numpy=True)
+    assert relative_error(torch.from_numpy(np.load(tmp_path / "out.npy")), torch.from_numpy(expected)) < 1e-3

@@ -31,6 +31,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Precision(str, Enum):
+    """Number formats of the LLM's linear layers."""
+
+    fp8 = "fp8"
+    int8 = "int8"
+    fp8_emulated = "fp8-emulated"
+
+
 @app.command()
 def encode(
     source: Annotated[
@@ -50,6 +58,9 @@ def encode(
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to unit length.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Format to compute in; auto is the checkpoint's.")] = Dtype.auto,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Format of the LLM's linear layers: less accurate, see evaluate.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
     ] = None,
@@ -71,19 +82,12 @@ def encode(
         batch_tokens=batch_tokens,
         normalize=normalize,
         dtype=dtype.value,
+        precision=None if precision is None else precision.value,
         device=device,
         shard_size=shard_size,
         overwrite=overwrite,
     )
     run(job)
-
-
-class Precision(str, Enum):
-    """Number formats of the LLM's linear layers."""
-
-    fp8 = "fp8"
-    int8 = "int8"
-    fp8_emulated = "fp8-emulated"
 
 
 @app.command()

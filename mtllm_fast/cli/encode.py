@@ -42,6 +42,7 @@ class EncodeJob:
     batch_tokens: int | None
     normalize: bool
     dtype: str
+    precision: str | None
     device: str | None
     shard_size: int
     overwrite: bool
@@ -75,8 +76,8 @@ def run(job: EncodeJob) -> None:
     dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     model = MTLLM.from_pretrained(job.model, dtype=dtype, device_map=str(device), llm_embeddings=False)
     sharded = _sharded_job(job, table, facts, model)
-    if why_not_fusable(model) is None:
-        model.fuse()
+    if job.precision is not None or why_not_fusable(model) is None:
+        model.fuse(job.precision)
     with open_shards(job.out, sharded, job.overwrite) as shards:
         if not shards.finished:
             _encode_missing(job, table, facts, model, shards)
@@ -142,6 +143,7 @@ def _sharded_job(job: EncodeJob, table: TextTable, facts: TableFacts, model: Mod
             "max_length": job.max_length,
             "normalize": job.normalize,
             "compute_dtype": str(model.dtype).removeprefix("torch."),
+            "precision": job.precision,
             "model": fingerprint(model),
         },
     )

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from mtllm_fast.models.modeling import MTLLM
 
 PRECISIONS = ("fp8", "int8", "fp8-emulated")
+_Place = tuple[str, str, str]
+"""Number of the layer, block, name."""
+_FIRST_STAGE = tuple(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
+_OTHER_PLACES = (("self_attn", "o_proj"), *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")))
+_PLACES = _FIRST_STAGE + _OTHER_PLACES
 _SAMPLE = 512  # words of each weight that are compared with what they were
 
 
@@ -99,39 +104,53 @@ _TWINS: dict[str, type[Fp8Twin] | type[Int8Twin]] = {
 }
 
 
+class _Known(NamedTuple):
+    """What is known of one tensor, or that there is none."""
+
+    name: str
+    tensor: Tensor | None
+    pointer: int
+    version: int | None
+    sample: int | None
+    """Checksum of some of its memory, where that is on the host."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor | None) -> _Known:
+        if tensor is None:
+            return cls(name, None, 0, None, None)
+        version = None if tensor.is_inference() else tensor._version
+        return cls(name, tensor, tensor.data_ptr(), version, _sample(tensor))
+
+
+def _sample(tensor: Tensor) -> int | None:
+    return checksum(tensor, _SAMPLE) if tensor.device.type == "cpu" else None
+
+
 class _Origin(NamedTuple):
     """What a twin was made from."""
 
     module: nn.Module
-    tensors: tuple[Tensor, ...]
-    marks: tuple[tuple[int, int | None], ...]
-    samples: tuple[int, ...]
-    """Checksums of some of each tensor's memory, where it is on the host."""
+    tensors: tuple[_Known, ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Origin:
-        tensors = tuple(t for t in module._parameters.values() if t is not None)
-        return cls(module, tensors, tuple(map(_mark, tensors)), tuple(map(_sample, tensors)))
+        return cls(module, tuple(_Known.of(*item) for item in module._parameters.items()))
 
     def is_same(self, module: nn.Module, sample: bool) -> bool:
         """Identities, storage, versions; and ``sample``, because edits through ``.data`` leave no other trace."""
         if module is not self.module or is_hooked(module):
             return False
-        tensors = [t for t in module._parameters.values() if t is not None]
-        if len(tensors) != len(self.tensors):
-            return False
-        for t, before, mark in zip(tensors, self.tensors, self.marks, strict=True):
-            if t is not before or _mark(t) != mark:
+        found = module._parameters
+        for name, tensor, pointer, version, before in self.tensors:
+            if found.get(name) is not tensor:
                 return False
-        return not sample or tuple(map(_sample, tensors)) == self.samples
-
-
-def _mark(tensor: Tensor) -> tuple[int, int | None]:
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-
-
-def _sample(tensor: Tensor) -> int:
-    return checksum(tensor, _SAMPLE) if tensor.device.type == "cpu" else 0
+            if tensor is None:
+                continue
+            if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
+                return False
+            if sample and _sample(tensor) != before:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,7 @@ class Quantised:
     """The twins of a model: in which precision, what of, and which layers have none and why."""
 
     precision: str
-    origins: dict[str, _Origin]
+    origins: dict[_Place, _Origin]
     kept: dict[str, str]
     nbytes: int
     released: torch.device | None
@@ -199,17 +218,18 @@ def quantise(model: MTLLM, precision: str) -> Quantised:
     """
     device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
     released = device if device.type == "cuda" and precision == "fp8" else None
-    origins, kept, nbytes = {}, {}, 0
+    origins: dict[_Place, _Origin] = {}
+    kept, nbytes = {}, 0
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for path, module in _linears(model):
+        for place, module in _linears(model):
             if reason := _why_not_layer(module, precision, device, dtype):
-                kept[path] = reason
+                kept["llm2vec.layers." + ".".join(place)] = reason
                 continue
             twin: _Twin = _TWINS[precision](module)  # type: ignore[arg-type]
             if released is not None:
                 module.to("cpu")
             module.__dict__[TWIN] = twin  # nn.Module keeps what is set here out of parameters, buffers and state dicts
-            origins[path] = _Origin.of(module)
+            origins[place] = _Origin.of(module)
             nbytes += twin.nbytes
     return Quantised(precision, origins, kept, nbytes, released)
 
@@ -218,8 +238,8 @@ def restore(model: MTLLM, quantised: Quantised) -> None:
     """Take the twins away and bring the weights back."""
     for origin in quantised.origins.values():
         origin.module.__dict__.pop(TWIN, None)
-    for path, module in _linears(model):
-        if path in quantised.origins:
+    for place, module in _linears(model):
+        if place in quantised.origins:
             module.__dict__.pop(TWIN, None)  # a copied model's own
             if quantised.released is not None:
                 module.to(quantised.released)  # whatever has been wrapped around it too
@@ -243,24 +263,16 @@ def is_fresh(model: MTLLM, quantised: Quantised, thorough: bool) -> bool:
     """
     sample = thorough or model.up_proj.weight.device.type == "cpu"
     origins = quantised.origins
-    return all(origins[path].is_same(module, sample) for path, module in _linears(model) if path in origins)
+    for place, module in _linears(model):
+        origin = origins.get(place)
+        if origin is not None and not origin.is_same(module, sample):
+            return False
+    return True
 
 
-_FIRST_STAGE = ("q_proj", "k_proj", "v_proj")
-
-
-def _linears(model: MTLLM) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers that may have a twin, by name. By way of ``_modules``: this runs on every forward."""
-    layers = model.llm2vec.layers._modules
-    for number, layer in layers.items():
-        for block, names in _BLOCKS:
-            modules = layer._modules[block]._modules
-            for name in names:
-                if number != "0" or name not in _FIRST_STAGE:
-                    yield f"llm2vec.layers.{number}.{block}.{name}", modules[name]
-
-
-_BLOCKS = (
-    ("self_attn", (*_FIRST_STAGE, "o_proj")),
-    ("mlp", ("gate_proj", "up_proj", "down_proj")),
-)
+def _linears(model: MTLLM) -> Iterator[tuple[_Place, nn.Module]]:
+    """The linear layers that may have a twin. By way of ``_modules``: this runs on every forward."""
+    for number, layer in model.llm2vec.layers._modules.items():
+        blocks = layer._modules
+        for block, name in _OTHER_PLACES if number == "0" else _PLACES:
+            yield (number, block, name), blocks[block]._modules[name]
