@@ -92,6 +92,7 @@ def test_fp8_is_the_product_of_the_rounded_operands(dtype: torch.dtype, bias: bo
     rounded = (q_x.double() * scale_x), (q_w.double() * scale_w)
     expected = F.linear(*rounded, module.bias.double() if bias else None)
     for twin in (Fp8Twin(module), EmulatedFp8Twin(module)) if dtype == torch.bfloat16 else (EmulatedFp8Twin(module),):
+        assert twin(x[:0]).shape == (0, 96)
         y = twin(x)
         assert y.dtype == dtype
         assert relative_error(y, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
@@ -347,6 +348,23 @@ def test_reasons_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert "without oneDNN" in here("int8", torch.device("cpu"), torch.float32)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_stack(up_proj_bias=True).eval()
+    plain = outputs(model)
+    give, given = precision_module._give_twin, []
+
+    def fail_after_three(*arguments) -> None:
+        if len(given) == 3:
+            raise torch.OutOfMemoryError("full")
+        given.append(give(*arguments))
+
+    monkeypatch.setattr(precision_module, "_give_twin", fail_after_three)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.fuse("int8")
+    assert not twins(model)
+    assert torch.equal(outputs(model), plain)
 
 
 def test_gradients_and_autocast_go_back_to_the_modules(caplog: pytest.LogCaptureFixture) -> None:

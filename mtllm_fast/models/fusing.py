@@ -99,6 +99,7 @@ def fuse(model: MTLLM, precision: str | None = None) -> Fused:
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weights = stack_weights(model).map(lambda tensor: tensor.to(device))
         composite, form, errors = _build(model, weights)
+    quantised = None if precision is None else eight_bits.quantise(model, precision)
     projections = _projections(model)
     plain = all(type(module) is nn.Linear for module in projections)  # PEFT puts new adapters where the base weight is
     released = composite is not None and device.type == "cuda" and plain
@@ -106,9 +107,7 @@ def fuse(model: MTLLM, precision: str | None = None) -> Fused:
         for module in projections:
             module.to("cpu")
     report = FuseReport(form, errors, released)
-    quantised = None
-    if precision is not None:
-        quantised = eight_bits.quantise(model, precision)
+    if quantised is not None:
         count, note = len(quantised.origins), eight_bits.note(quantised)
         report = replace(report, precision=precision, quantised=count, kept=quantised.kept, note=note)
     return Fused(composite, _sources(model), report, device, dtype, quantised)

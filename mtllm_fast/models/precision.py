@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,6 @@ _FIRST_STAGE = tuple(("self_attn", name) for name in ("q_proj", "k_proj", "v_pro
 _OTHER_PLACES = (("self_attn", "o_proj"), *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")))
 _PLACES = _FIRST_STAGE + _OTHER_PLACES
 _SAMPLE = 512  # words of each weight that are compared with what they were
-
-
-class _Twin(Protocol):
-    nbytes: int
-
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class _Derived:
@@ -69,6 +63,8 @@ class Fp8Twin(_Derived):
         self.nbytes = self.weight.nbytes + self.scale.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:  # torch refuses the scales of no rows
+            return x.new_empty(0, self.weight.shape[0])
         q, scale = quantize_rows(x)
         return torch._scaled_mm(
             q, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
@@ -160,9 +156,12 @@ class Quantised:
     precision: str
     origins: dict[_Place, _Origin]
     kept: dict[str, str]
-    nbytes: int
     released: torch.device | None
     """Where the replaced weights were, if they were moved to the host."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(origin.module.__dict__[TWIN].nbytes for origin in self.origins.values())
 
 
 def check_precision(precision: str | None) -> None:
@@ -182,10 +181,12 @@ def why_not(model: MTLLM, precision: str | None) -> str | None:
 
 
 def _why_not_here(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the model is float64"
     if precision == "int8":
         return f"int8 runs on a CPU, the model is on {device}" if device.type != "cpu" else int8.why_not_available()
     if precision == "fp8-emulated":
-        return "the model is float64" if dtype == torch.float64 else None
+        return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"fp8 needs an NVIDIA GPU, the model is on {device}; 'fp8-emulated' predicts its accuracy anywhere"
     if compute_capability(device.index) < (8, 9):
@@ -218,20 +219,26 @@ def quantise(model: MTLLM, precision: str) -> Quantised:
     """
     device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
     released = device if device.type == "cuda" and precision == "fp8" else None
-    origins: dict[_Place, _Origin] = {}
-    kept, nbytes = {}, 0
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for place, module in _linears(model):
-            if reason := _why_not_layer(module, precision, device, dtype):
-                kept["llm2vec.layers." + ".".join(place)] = reason
-                continue
-            twin: _Twin = _TWINS[precision](module)  # type: ignore[arg-type]
-            if released is not None:
-                module.to("cpu")
-            module.__dict__[TWIN] = twin  # nn.Module keeps what is set here out of parameters, buffers and state dicts
-            origins[place] = _Origin.of(module)
-            nbytes += twin.nbytes
-    return Quantised(precision, origins, kept, nbytes, released)
+    quantised = Quantised(precision, {}, {}, released)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for place, module in _linears(model):
+                if reason := _why_not_layer(module, precision, device, dtype):
+                    quantised.kept["llm2vec.layers." + ".".join(place)] = reason
+                else:
+                    _give_twin(quantised, place, module)
+    except BaseException:  # out of memory, interrupted: no model is left half in one precision
+        restore(model, quantised)
+        raise
+    return quantised
+
+
+def _give_twin(quantised: Quantised, place: _Place, module: nn.Module) -> None:
+    twin = _TWINS[quantised.precision](module)  # type: ignore[arg-type]
+    if quantised.released is not None:
+        module.to("cpu")
+    module.__dict__[TWIN] = twin  # nn.Module keeps what is set here out of parameters, buffers and state dicts
+    quantised.origins[place] = _Origin.of(module)
 
 
 def restore(model: MTLLM, quantised: Quantised) -> None:
