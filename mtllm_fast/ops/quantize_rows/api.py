@@ -35,13 +35,13 @@ def quantize_rows(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         ValueError, TypeError: x's shape or dtype is wrong.
         UnsupportedBackendError: the named backend cannot serve this call.
 
-    >>> q, scale = quantize_rows(torch.tensor([[448.0, -17.0, 0.3], [7.0, 0.0, 1.0]]))
+    >>> q, scale = quantize_rows(torch.tensor([[7.0, -1.0, 0.3], [0.0, 0.0, 0.0]]))
     >>> q.float()
-    tensor([[448.0000, -16.0000,   0.3125],
-            [448.0000,   0.0000,  64.0000]])
-    >>> scale
-    tensor([[1.0000],
-            [0.0156]])
+    tensor([[448., -64.,  20.],
+            [  0.,   0.,   0.]])
+    >>> q.float() * scale
+    tensor([[ 7.0000, -1.0000,  0.3125],
+            [ 0.0000,  0.0000,  0.0000]])
     """
     _check(x)
     return schema.quantize_op(x, backend) if needs_registered_op(x) else schema.launch(x, backend)
