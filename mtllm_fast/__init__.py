@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.rms_norm import rms_norm as rms_norm
     from mtllm_fast.ops.rope import rope as rope
     from mtllm_fast.ops.rope import rope_qkv as rope_qkv
+    from mtllm_fast.ops.quantize_rows import quantize_rows as quantize_rows
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.swiglu import swiglu as swiglu
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
@@ -66,6 +67,7 @@ _HOME = {
     "rms_norm": "mtllm_fast.ops.rms_norm",
     "rope": "mtllm_fast.ops.rope",
     "rope_qkv": "mtllm_fast.ops.rope",
+    "quantize_rows": "mtllm_fast.ops.quantize_rows",
     "stack_projection": "mtllm_fast.ops.stack_projection",
     "swiglu": "mtllm_fast.ops.swiglu",
     "token_kl_loss": "mtllm_fast.ops.token_kl_loss",

@@ -108,6 +108,10 @@ def _token_kl_loss(torch: Any, device: str) -> dict[str, Any]:
     return {"hidden_states": hidden, "teacher_hidden_states": hidden.flip(0), "weight": hidden.repeat(20, 1)}
 
 
+def _quantize_rows(torch: Any, device: str) -> dict[str, Any]:
+    return {"x": torch.randn(5, 64, dtype=torch.bfloat16, device=device)}
+
+
 EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "bias_relu": _bias_relu,
     "distillation_loss": _distillation_loss,
@@ -116,6 +120,7 @@ EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "norm_pool": _norm_pool,
     "rms_norm": _rms_norm,
     "rope": _rope,
+    "quantize_rows": _quantize_rows,
     "stack_projection": _stack_projection,
     "swiglu": _swiglu,
     "token_kl_loss": _token_kl_loss,

@@ -16,6 +16,9 @@ import mtllm_fast.ops
 pytest.importorskip("triton", reason="Triton's compiler is not installed")
 
 
+FOR_NEWER_GPUS = {"quantize_rows_kernel"}  # 8-bit floats come with sm_89
+
+
 def run_lint(*arguments: str) -> tuple[int, list[dict]]:
     # In a process of its own: in this one, Triton interprets.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -40,8 +43,9 @@ def test_every_kernel_on_every_architecture() -> None:
     problems = [(report["kernel"], report["arch"], report["problems"]) for report in reports if report["problems"]]
     assert not problems
     assert code == 0
-    for arch in (80, 90, 100):
-        assert {report["kernel"].split()[0] for report in reports if report["arch"] == arch} == kernels_of_the_package()
+    for arch, missing in ((80, FOR_NEWER_GPUS), (90, set()), (100, set())):
+        found = {report["kernel"].split()[0] for report in reports if report["arch"] == arch}
+        assert found == kernels_of_the_package() - missing
 
 
 @pytest.mark.slow

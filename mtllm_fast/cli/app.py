@@ -31,6 +31,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Precision(str, Enum):
+    """Number formats of the LLM's linear layers."""
+
+    fp8 = "fp8"
+    int8 = "int8"
+    fp8_emulated = "fp8-emulated"
+
+
 @app.command()
 def encode(
     source: Annotated[
@@ -50,6 +58,9 @@ def encode(
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to unit length.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Format to compute in; auto is the checkpoint's.")] = Dtype.auto,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Format of the LLM's linear layers: less accurate, see evaluate.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
     ] = None,
@@ -71,11 +82,56 @@ def encode(
         batch_tokens=batch_tokens,
         normalize=normalize,
         dtype=dtype.value,
+        precision=None if precision is None else precision.value,
         device=device,
         shard_size=shard_size,
         overwrite=overwrite,
     )
     run(job)
+
+
+@app.command()
+def evaluate(
+    precision_report: Annotated[
+        bool, typer.Option("--precision-report", help="Compare embeddings in 8 bits with the model's own.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id; tiny is the embedded one.")] = "tiny",
+    precision: Annotated[
+        Precision, typer.Option(help="What to compare; fp8 is emulated where the GPU or the dtype cannot run it.")
+    ] = Precision.fp8,
+    texts: Annotated[
+        Path | None, typer.Option(help="Texts as encode takes them. (default: an article in 51 languages)")
+    ] = None,
+    src_lang: Annotated[str | None, typer.Option(help="Language of all texts, such as swh_Latn or sw.")] = None,
+    lang_column: Annotated[str | None, typer.Option(help="Column that holds each text's language.")] = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Most tokens per text; longer texts are cut.")] = 512,
+    layers: Annotated[bool, typer.Option("--layers", help="Also the error after each layer of the LLM.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="The model's own format; auto is the checkpoint's.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report here, as JSON.")] = None,
+) -> None:
+    """Measure what an option costs in accuracy; --precision-report is the one report so far."""
+    if not precision_report:
+        raise ValueError("say what to evaluate: --precision-report")
+    from mtllm_fast.cli.evaluate import PrecisionJob
+    from mtllm_fast.cli.evaluate import precision_report as report
+
+    report(
+        PrecisionJob(
+            model=model,
+            precision=precision.value,
+            texts=texts,
+            src_lang=src_lang,
+            lang_column=lang_column,
+            dtype=dtype.value,
+            device=device,
+            max_length=max_length,
+            layers=layers,
+            out=out,
+        )
+    )
 
 
 @app.command()

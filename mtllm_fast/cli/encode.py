@@ -42,6 +42,7 @@ class EncodeJob:
     batch_tokens: int | None
     normalize: bool
     dtype: str
+    precision: str | None
     device: str | None
     shard_size: int
     overwrite: bool
@@ -67,7 +68,7 @@ def run(job: EncodeJob) -> None:
     if job.out.exists() and job.out.samefile(job.source):
         raise ValueError(f"{job.out} is the input: choose another OUT")
     facts = table.scan()
-    device = _device(job.device)
+    device = pick_device(job.device)
     if job.model == "tiny":
         typer.echo("warning: the model is the embedded tiny one, whose embeddings mean nothing; give --model", err=True)
     if not sys.stderr.isatty():
@@ -75,8 +76,8 @@ def run(job: EncodeJob) -> None:
     dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     model = MTLLM.from_pretrained(job.model, dtype=dtype, device_map=str(device), llm_embeddings=False)
     sharded = _sharded_job(job, table, facts, model)
-    if why_not_fusable(model) is None:
-        model.fuse()
+    if job.precision is not None or why_not_fusable(model) is None:
+        model.fuse(job.precision)
     with open_shards(job.out, sharded, job.overwrite) as shards:
         if not shards.finished:
             _encode_missing(job, table, facts, model, shards)
@@ -111,7 +112,8 @@ def _encode(job: EncodeJob, rows: list[Row], model: Model) -> Any:
         ) from error
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
+    """The device that ``--device`` names; without a name a GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -141,6 +143,7 @@ def _sharded_job(job: EncodeJob, table: TextTable, facts: TableFacts, model: Mod
             "max_length": job.max_length,
             "normalize": job.normalize,
             "compute_dtype": str(model.dtype).removeprefix("torch."),
+            "precision": job.precision,
             "model": fingerprint(model),
         },
     )

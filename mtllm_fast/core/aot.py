@@ -23,6 +23,8 @@ class TritonCase(NamedTuple):
     """Whether the kernel must read global memory 16 bytes at a time."""
     tensor_cores: bool = False
     """Whether it must multiply on the tensor cores: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100."""
+    min_arch: int = 80
+    """The oldest architecture that has its instructions; 8-bit floats need 89."""
 
 
 class CudaCase(NamedTuple):

@@ -1,5 +1,7 @@
 """``MTLLM.fuse``: the absorbed first stage for inference, checked when it is built and again whenever it is used.
 
+In 8-bit precision, asked for by name, the LLM's other linear layers are derived with it (``precision.py``).
+
 A composite is derived from parameters, so it must never outlive them: every use compares what it was built from (which
 modules and parameters, their storage, version and, where that costs no waiting, a checksum of their bits) and builds it
 anew if any of it has changed. It is no parameter and no buffer, so it enters no state dict.
@@ -8,16 +10,19 @@ anew if any of it has changed. It is no parameter and no buffer, so it enters no
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtllm_fast.core.dispatch import needs_grad
 from mtllm_fast.core.errors import TokenizerNotFoundError
-from mtllm_fast.models.stack import stack_weights, why_not_fusable
+from mtllm_fast.models import precision as eight_bits
+from mtllm_fast.models.freshness import checksum
+from mtllm_fast.models.stack import compute_dtype, differentiates, stack_weights, why_not_fusable
 from mtllm_fast.models.towers import evaluating, rope_tables, run_encoder
 from mtllm_fast.ops.stack_projection import Composite, StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import absorb
@@ -46,15 +51,28 @@ class FuseReport:
         errors: for the modules and each form tried, the relative error against float64 of (q, k, v) and of the first
             attention's output; empty for float32 and wider models, which need no check.
         released: whether q, k and v of the first layer were moved to the host.
+        precision: of the LLM's linear layers, or None for the model's own.
+        quantised: how many of them.
+        kept: the others that could have been, each with the reason why it is left as it is.
+        note: what else there is to know of this precision on this machine.
     """
 
     form: str
     errors: dict[str, tuple[float, float]]
     released: bool
+    precision: str | None = None
+    quantised: int = 0
+    kept: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def __str__(self) -> str:
         lines = [f"first stage: {self.form}" + (", its q, k and v on the host" if self.released else "")]
         lines += [f"  {name}: q, k, v {qkv:.1e}, attention {out:.1e}" for name, (qkv, out) in self.errors.items()]
+        if self.precision is not None:
+            lines += [
+                f"{self.precision}: {self.quantised} linear layers, {len(self.kept)} left as they are; {self.note}"
+            ]
+            lines += [f"  {name} {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -66,16 +84,22 @@ class Fused:
     sources: tuple[_Source, ...]
     report: FuseReport
     device: torch.device
+    dtype: torch.dtype
+    quantised: eight_bits.Quantised | None
 
 
-def fuse(model: MTLLM) -> Fused:
+def fuse(model: MTLLM, precision: str | None = None) -> Fused:
     """See ``MTLLM.fuse``."""
+    eight_bits.check_precision(precision)
     if reason := why_not_fusable(model):
         raise ValueError(f"the first stage cannot be fused: {reason}")
-    device = model.up_proj.weight.device
+    if reason := eight_bits.why_not(model, precision):
+        raise ValueError(f"precision {precision!r} cannot be used: {reason}")
+    device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weights = stack_weights(model).map(lambda tensor: tensor.to(device))
         composite, form, errors = _build(model, weights)
+    quantised = None if precision is None else eight_bits.quantise(model, precision)
     projections = _projections(model)
     plain = all(type(module) is nn.Linear for module in projections)  # PEFT puts new adapters where the base weight is
     released = composite is not None and device.type == "cuda" and plain
@@ -83,19 +107,43 @@ def fuse(model: MTLLM) -> Fused:
         for module in projections:
             module.to("cpu")
     report = FuseReport(form, errors, released)
-    return Fused(composite, _sources(model), report, device)
+    if quantised is not None:
+        count, note = len(quantised.origins), eight_bits.note(quantised)
+        report = replace(report, precision=precision, quantised=count, kept=quantised.kept, note=note)
+    return Fused(composite, _sources(model), report, device, dtype, quantised)
 
 
 def unfuse(model: MTLLM, fused: Fused) -> None:
-    """Bring back what ``fuse`` moved to the host."""
+    """Take away what ``fuse`` derived and bring back what it moved to the host."""
+    if fused.quantised is not None:
+        eight_bits.restore(model, fused.quantised)
     if fused.report.released:
         for module in _projections(model):  # whatever has been wrapped around them too
             module.to(fused.device)
 
 
+def why_not(model: MTLLM, precision: str | None) -> str | None:
+    """Why ``fuse`` would refuse this model, or None if it would not."""
+    return why_not_fusable(model) or eight_bits.why_not(model, precision)
+
+
+def why_not_usable(model: MTLLM, fused: Fused, encoded_Td: Tensor) -> str | None:
+    """What the caller wants of the fused model that only the modules can give, or None."""
+    if model.training or differentiates(model, encoded_Td):
+        return "gradients"
+    if fused.quantised is not None and torch.is_grad_enabled() and needs_grad(*model.llm2vec.parameters()):
+        return "gradients"
+    derived = fused.composite is not None or fused.quantised is not None
+    if derived and fused.dtype != compute_dtype(encoded_Td):
+        return f"another precision than that of {fused.dtype} weights"  # it was checked in its own
+    return None
+
+
 def is_fresh(model: MTLLM, fused: Fused, thorough: bool) -> bool:
-    """Whether nothing that the composite was built from has changed. ``thorough``: read device memory too."""
+    """Whether nothing that ``fuse`` derived weights from has changed. ``thorough``: read device memory too."""
     if why_not_fusable(model) is not None:
+        return False
+    if fused.quantised is not None and not eight_bits.is_fresh(model, fused.quantised, thorough):
         return False
     now = _sources(model, thorough)
     return len(now) == len(fused.sources) and all(map(_Source.is_same, now, fused.sources))
@@ -133,23 +181,8 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
         version = None if t.is_inference() else t._version
         identity = (modules, id(t), t.data_ptr(), version, t.dtype, t.device, tuple(t.shape))
         on_host = t.device.type == "cpu"
-        found.append(_Source(identity, _checksum(t, 512) if on_host else None, _checksum(t) if everything else None))
+        found.append(_Source(identity, checksum(t, 512) if on_host else None, checksum(t) if everything else None))
     return tuple(found)
-
-
-def _checksum(tensor: Tensor, sample: int | None = None) -> int:
-    """Of the memory as integers: sums of the rows and columns of a square, weighted by their number, so that moving
-    values about shows too; or the plain sum of about ``sample`` of them."""
-    memory = tensor.detach().contiguous().flatten().view(torch.uint8)
-    whole = memory.numel() % 8 == 0 and memory.data_ptr() % 8 == 0
-    words = memory.view(torch.int64) if whole else memory
-    if sample:
-        return int(words[:: max(1, words.numel() // sample)].sum(dtype=torch.int64))
-    width = 1 << (words.numel().bit_length() // 2)
-    body = words.numel() // width * width
-    square = words[:body].view(-1, width)
-    sums = torch.cat([square.sum(0, dtype=torch.int64), square.sum(1, dtype=torch.int64), words[body:].to(torch.int64)])
-    return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
 
 
 def _build(model: MTLLM, weights: StackWeights) -> tuple[Composite | None, str, dict[str, tuple[float, float]]]:

@@ -2,6 +2,7 @@
 
 On a CPU without gradients oneDNN computes both in one pass (``core/onednn.py``). Everywhere else, and for any module
 that is not a plain ``nn.Linear`` (PEFT's, a quantised one, one with hooks), the module is called and the rest follows.
+A module with a twin in 8 bits (``precision.py``) is not called: the twin is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from transformers.activations import SiLUActivation
 
 from mtllm_fast.core import onednn
 from mtllm_fast.core.dispatch import needs_grad, watched
+
+TWIN = "_twin"  # in the ``__dict__`` of an nn.Linear: what multiplies in its stead while nothing needs a gradient
 
 # Names that oneDNN gives to what may follow a product.
 _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
@@ -37,12 +40,18 @@ def linear(
     """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``."""
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
     kind = None if activation is None else type(activation)
+    twin = module.__dict__.get(TWIN)
+    if twin is not None and not needs_grad(x, module.weight):
+        return _followed(twin(x), activation, times, plus)
     if kind is nn.ReLU and _onednn_serves(module, x):
         return onednn.linear(x, module.weight, module.bias).relu_()  # oneDNN's own makes 0 of NaN
     if kind in _ONEDNN_ACTIVATIONS and _onednn_serves(module, x):
         name = _ONEDNN_ACTIVATIONS[kind]
         return onednn.linear(x, module.weight, module.bias, activation=name, times=times, plus=plus)
-    y = module(x)
+    return _followed(module(x), activation, times, plus)
+
+
+def _followed(y: Tensor, activation: nn.Module | None, times: Tensor | None, plus: Tensor | None) -> Tensor:
     if activation is not None:
         return activation(y)
     if times is not None:

@@ -19,7 +19,7 @@ from mtllm_fast.models import encoding, fusing, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_rms_norm, to_packed_layers
-from mtllm_fast.models.stack import compute_dtype, differentiates, enter, why_not_fusable
+from mtllm_fast.models.stack import enter
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,
     final_norm,
@@ -247,7 +247,7 @@ class MTLLM(MTLLMPreTrainedModel):
         )
         return encoding.encode(self, sentences, src_lang, options, show_progress_bar)
 
-    def fuse(self) -> fusing.FuseReport:
+    def fuse(self, precision: str | None = None) -> fusing.FuseReport:
         """Absorb the up-projection into the first layer's q, k and v, for inference: 2.8 times fewer FLOPs there at 8B.
 
         The composite is rebuilt by itself when a weight that it was made from has changed, and dropped when the model
@@ -257,20 +257,35 @@ class MTLLM(MTLLMPreTrainedModel):
         host (they stay parameters and are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU are
         seen by ``encode``, not by a bare forward; a compiled graph checks nothing: fuse again after editing weights.
 
+        With a ``precision`` the LLM's other linear layers multiply in 8 bits, weights scaled per output channel and
+        activations per token; the encoder, the up-projection, norms, attention and pooling keep the model's dtype.
+        What it costs in accuracy depends on the model: ``mtllm-fast evaluate --precision-report`` measures it. Of an
+        edit through ``.data`` of one of these weights, a sample of its values is compared.
+
+        Args:
+            precision: ``"fp8"``: e4m3 by ``torch._scaled_mm``, of a bfloat16 model on a GPU of compute capability 8.9
+                or newer; the weights go to the host like those of the first stage. ``"int8"``: by oneDNN on a CPU,
+                beside the weights. ``"fp8-emulated"``: fp8's numbers on any device, slowly. Layers that are no plain
+                ``nn.Linear`` (PEFT's, hooked, sharded) are left as they are, and counted.
+
         Returns:
             FuseReport: the form taken, and the errors that decided.
 
         Raises:
-            ValueError: the stage is no plain weights (quantised, sharded, hooked, another LLM family).
+            ValueError: the stage is no plain weights (quantised, sharded, hooked, another LLM family), or the
+                precision is unknown or not to be had here.
 
         Example:
 
             >>> from mtllm_fast import MTLLM
-            >>> MTLLM.from_pretrained("tiny").fuse().form
+            >>> model = MTLLM.from_pretrained("tiny")
+            >>> model.fuse().form
             'absorbed'
+            >>> model.fuse(precision="fp8-emulated").quantised
+            18
         """
         self.unfuse()
-        self._fused = fusing.fuse(self)
+        self._fused = fusing.fuse(self, precision)
         return self._fused.report
 
     def unfuse(self) -> None:
@@ -283,12 +298,9 @@ class MTLLM(MTLLMPreTrainedModel):
         """The fused stage's weights, never stale; None where the modules must run."""
         if self._fused is None:
             return None
-        composite = self._fused.composite
-        needs = "gradients" if self.training or differentiates(self, encoded_Td) else ""
-        if composite is not None and composite.weight.dtype != compute_dtype(encoded_Td):
-            needs = f"another precision than that of {composite.weight.dtype} weights"  # it was checked in its own
+        needs = fusing.why_not_usable(self, self._fused, encoded_Td)
         if torch.compiler.is_compiling():
-            return None if needs else composite
+            return None if needs else self._fused.composite
         if needs:
             logger.warning("a fused model was asked for %s: it is unfused; fuse() again for inference", needs)
             self.unfuse()
@@ -296,12 +308,13 @@ class MTLLM(MTLLMPreTrainedModel):
         return None if self._fused is None else self._fused.composite
 
     def refresh_fused(self, thorough: bool = False) -> None:
-        """Fuse again if a weight of the stage has changed; ``thorough`` waits for the device to compare its memory."""
+        """Fuse again if a weight has changed; ``thorough`` waits for the device to compare its memory."""
         if self._fused is not None and not fusing.is_fresh(self, self._fused, thorough):
+            precision = self._fused.report.precision
             self.unfuse()
-            reason = why_not_fusable(self)
+            reason = fusing.why_not(self, precision)
             if reason is None:
-                self.fuse()
+                self.fuse(precision)
             else:
                 logger.warning("a fused model is unfused: %s", reason)
 

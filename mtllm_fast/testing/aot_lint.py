@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    work = [(case, arch) for case in _cases(chosen.modules) for arch in chosen.arch]
+    work = [(case, arch) for case in _cases(chosen.modules) for arch in chosen.arch if arch >= case.min_arch]
     failed = False
     with ThreadPoolExecutor(chosen.jobs) as pool:
         for report in pool.map(lambda pair: lint(*pair), work):

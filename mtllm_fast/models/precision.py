@@ -1,0 +1,285 @@
+"""Opt-in 8-bit products of the LLM's linear layers in inference: ``MTLLM.fuse(precision=...)``.
+
+Each layer gets a *twin*, its weight quantised per output channel, and ``linear()`` multiplies by the twin whatever it
+quantises per token. Left alone: the encoder, the up-projection, the first layer's q, k and v (one error there is the
+same for all tokens, and they are 0.4 % of the work), norms, attention, pooling. A twin is derived from parameters: it
+enters no state dict, and each use of the model compares what the twins were made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtllm_fast.core import int8
+from mtllm_fast.core.checks import check_choice
+from mtllm_fast.core.devices import compute_capability
+from mtllm_fast.models.freshness import checksum
+from mtllm_fast.models.linear import TWIN, is_hooked
+from mtllm_fast.ops.quantize_rows import quantize_rows
+
+if TYPE_CHECKING:
+    from mtllm_fast.models.modeling import MTLLM
+
+PRECISIONS = ("fp8", "int8", "fp8-emulated")
+_Place = tuple[str, str, str]
+"""Number of the layer, block, name."""
+_FIRST_STAGE = tuple(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
+_OTHER_PLACES = (("self_attn", "o_proj"), *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")))
+_PLACES = _FIRST_STAGE + _OTHER_PLACES
+_SAMPLE = 512  # words of each weight that are compared with what they were
+
+
+class _Derived:
+    """A twin is never changed, so copies of a model share it; a pickled model goes without and makes it anew."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Derived:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
+def _nothing() -> None:
+    return None
+
+
+class Fp8Twin(_Derived):
+    """``scale_x (q_x q_wᵀ) scale_wᵀ + bias`` by ``torch._scaled_mm``: e4m3 in, the dtype of x out.
+
+    With fast accumulation: Hopper's tensor cores then keep the sum over K in their own accumulators, of fewer bits than
+    float32, instead of adding to float32 every 128 products. Its error is small beside that of 3 bits of mantissa in
+    the operands, and without it the tensor cores wait for the additions. (Not yet measured on a GPU.)
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.weight, scale = quantize_rows(module.weight.detach())
+        self.scale = scale.t()
+        self.bias = None if module.bias is None else module.bias.detach().clone()
+        self.nbytes = self.weight.nbytes + self.scale.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:  # torch refuses the scales of no rows
+            return x.new_empty(0, self.weight.shape[0])
+        q, scale = quantize_rows(x)
+        return torch._scaled_mm(
+            q, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+
+
+class EmulatedFp8Twin(Fp8Twin):
+    """The same numbers, multiplied in float32 on any device: what fp8 costs in accuracy, not what it gains in time."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, scale = quantize_rows(x)
+        y = (q.float() @ self.weight.float().t()) * scale * self.scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Int8Twin(_Derived):
+    """``x wᵀ + bias`` in 8-bit integers on a CPU."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.weight = int8.Int8Weight(module.weight)
+        self.bias = None if module.bias is None else module.bias.detach().clone()
+        self.nbytes = self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.weight.multiply(x)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+
+_TWINS: dict[str, type[Fp8Twin] | type[Int8Twin]] = {
+    "fp8": Fp8Twin,
+    "int8": Int8Twin,
+    "fp8-emulated": EmulatedFp8Twin,
+}
+
+
+class _Known(NamedTuple):
+    """What is known of one tensor, or that there is none."""
+
+    name: str
+    tensor: Tensor | None
+    pointer: int
+    version: int | None
+    sample: int | None
+    """Checksum of some of its memory, where that is on the host."""
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor | None) -> _Known:
+        if tensor is None:
+            return cls(name, None, 0, None, None)
+        version = None if tensor.is_inference() else tensor._version
+        return cls(name, tensor, tensor.data_ptr(), version, _sample(tensor))
+
+
+def _sample(tensor: Tensor) -> int | None:
+    return checksum(tensor, _SAMPLE) if tensor.device.type == "cpu" else None
+
+
+class _Origin(NamedTuple):
+    """What a twin was made from."""
+
+    module: nn.Module
+    tensors: tuple[_Known, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Origin:
+        return cls(module, tuple(_Known.of(*item) for item in module._parameters.items()))
+
+    def is_same(self, module: nn.Module, sample: bool) -> bool:
+        """Identities, storage, versions; and ``sample``, because edits through ``.data`` leave no other trace."""
+        if module is not self.module or is_hooked(module):
+            return False
+        found = module._parameters
+        for name, tensor, pointer, version, before in self.tensors:
+            if found.get(name) is not tensor:
+                return False
+            if tensor is None:
+                continue
+            if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
+                return False
+            if sample and _sample(tensor) != before:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The twins of a model: in which precision, what of, and which layers have none and why."""
+
+    precision: str
+    origins: dict[_Place, _Origin]
+    kept: dict[str, str]
+    released: torch.device | None
+    """Where the replaced weights were, if they were moved to the host."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(origin.module.__dict__[TWIN].nbytes for origin in self.origins.values())
+
+
+def check_precision(precision: str | None) -> None:
+    if precision is not None:
+        check_choice("fuse", "precision", precision, PRECISIONS)
+
+
+def why_not(model: MTLLM, precision: str | None) -> str | None:
+    """Why this model cannot be run in ``precision`` here, or None if it can."""
+    if precision is None:
+        return None
+    device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
+    if reason := _why_not_here(precision, device, dtype):
+        return reason
+    reasons = [_why_not_layer(module, precision, device, dtype) for _, module in _linears(model)]
+    return None if None in reasons else f"none of the LLM's linear layers can be quantised: the first {reasons[0]}"
+
+
+def _why_not_here(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the model is float64"
+    if precision == "int8":
+        return f"int8 runs on a CPU, the model is on {device}" if device.type != "cpu" else int8.why_not_available()
+    if precision == "fp8-emulated":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"fp8 needs an NVIDIA GPU, the model is on {device}; 'fp8-emulated' predicts its accuracy anywhere"
+    if compute_capability(device.index) < (8, 9):
+        return f"fp8 needs compute capability 8.9, this GPU has {'.'.join(map(str, compute_capability(device.index)))}"
+    if not hasattr(torch, "_scaled_mm"):
+        return "this PyTorch has no torch._scaled_mm"
+    return None if dtype == torch.bfloat16 else f"fp8 multiplies into bfloat16, the model is {str(dtype)[6:]}"
+
+
+def _why_not_layer(module: nn.Module, precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if type(module) is not nn.Linear:
+        kind = type(module)
+        return f"is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+    if is_hooked(module):
+        return "is hooked"
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != (module.out_features, module.in_features):
+        return "is sharded or not loaded"
+    if weight.device != device or weight.dtype != dtype:
+        return f"is {str(weight.dtype)[6:]} on {weight.device}"
+    if precision == "fp8" and (module.in_features % 16 or module.out_features % 16):
+        return f"is {module.out_features} by {module.in_features}, and fp8 needs multiples of 16"
+    return None
+
+
+def quantise(model: MTLLM, precision: str) -> Quantised:
+    """Give every layer that can have one its twin; ask ``why_not`` first.
+
+    On a GPU each weight goes to the host as its twin is made: at most one layer is there twice.
+    """
+    device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
+    released = device if device.type == "cuda" and precision == "fp8" else None
+    quantised = Quantised(precision, {}, {}, released)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for place, module in _linears(model):
+                if reason := _why_not_layer(module, precision, device, dtype):
+                    quantised.kept["llm2vec.layers." + ".".join(place)] = reason
+                else:
+                    _give_twin(quantised, place, module)
+    except BaseException:  # out of memory, interrupted: no model is left half in one precision
+        restore(model, quantised)
+        raise
+    return quantised
+
+
+def _give_twin(quantised: Quantised, place: _Place, module: nn.Module) -> None:
+    twin = _TWINS[quantised.precision](module)  # type: ignore[arg-type]
+    if quantised.released is not None:
+        module.to("cpu")
+    module.__dict__[TWIN] = twin  # nn.Module keeps what is set here out of parameters, buffers and state dicts
+    quantised.origins[place] = _Origin.of(module)
+
+
+def restore(model: MTLLM, quantised: Quantised) -> None:
+    """Take the twins away and bring the weights back."""
+    for origin in quantised.origins.values():
+        origin.module.__dict__.pop(TWIN, None)
+    for place, module in _linears(model):
+        if place in quantised.origins:
+            module.__dict__.pop(TWIN, None)  # a copied model's own
+            if quantised.released is not None:
+                module.to(quantised.released)  # whatever has been wrapped around it too
+
+
+def note(quantised: Quantised) -> str:
+    """For the report: memory, and what this machine lacks."""
+    where = "the weights they replace are on the host" if quantised.released else "beside the weights they replace"
+    memory = f"{quantised.nbytes / 2**20:,.1f} MiB, {where}"
+    if quantised.precision == "fp8-emulated":
+        return f"{memory}; emulated: the accuracy of fp8, not its speed"
+    if quantised.precision == "int8" and int8.activation_bits() < 8:
+        return f"{memory}; activations in 7 bits: this CPU has no VNNI"
+    return memory
+
+
+def is_fresh(model: MTLLM, quantised: Quantised, thorough: bool) -> bool:
+    """Whether nothing that the twins were made from has changed.
+
+    A sample of the weights is compared where it is little beside a forward: on a CPU, and once per ``encode``.
+    """
+    sample = thorough or model.up_proj.weight.device.type == "cpu"
+    origins = quantised.origins
+    for place, module in _linears(model):
+        origin = origins.get(place)
+        if origin is not None and not origin.is_same(module, sample):
+            return False
+    return True
+
+
+def _linears(model: MTLLM) -> Iterator[tuple[_Place, nn.Module]]:
+    """The linear layers that may have a twin. By way of ``_modules``: this runs on every forward."""
+    for number, layer in model.llm2vec.layers._modules.items():
+        blocks = layer._modules
+        for block, name in _OTHER_PLACES if number == "0" else _PLACES:
+            yield (number, block, name), blocks[block]._modules[name]

@@ -1,0 +1,3 @@
+from mtllm_fast.ops.quantize_rows.api import quantize_rows
+
+__all__ = ["quantize_rows"]

@@ -1,0 +1,481 @@
+"""``MTLLM.fuse(precision=...)``: what it computes, what it leaves alone, and every way for a twin to go stale."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import pickle
+import sys
+
+import numpy as np
+import peft
+import pytest
+import torch
+from stacks import LORA, batch, new_stack, with_lora
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from mtllm_fast import MTLLM, quantize_rows
+from mtllm_fast.cli import evaluate
+from mtllm_fast.cli.app import main
+from mtllm_fast.core import int8
+from mtllm_fast.models import precision as precision_module
+from mtllm_fast.models.linear import TWIN, linear
+from mtllm_fast.models.precision import EmulatedFp8Twin, Fp8Twin, Int8Twin
+from mtllm_fast.testing.tolerance import relative_error
+from mtllm_fast.tiny import article_1
+
+ON_A_CPU = ["int8", "fp8-emulated"]
+QUANTISED = 4 + 7  # of the two layers: all but the first one's q, k and v
+
+
+def quantised_stack(precision: str = "int8", family: str = "llama", **options) -> MTLLM:
+    model = new_stack(family, up_proj_bias=True, **options).eval()
+    model.fuse(precision)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    return model(**(inputs or batch())).pooler_output
+
+
+def twins(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if module.__dict__.get(TWIN) is not None}
+
+
+def new_linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    module = nn.Linear(160, 96, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        module.weight *= torch.logspace(-3, 2, 96)[:, None]  # what a single scale could not represent
+    return module
+
+
+def new_rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(1)
+    return (torch.randn(37, 160) * torch.logspace(-4, 3, 37)[:, None]).to(dtype)
+
+
+def integers(rows: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as integers in -levels..levels, with the scale of each."""
+    scale = rows.double().abs().amax(1, keepdim=True) / levels
+    return (rows.double() / scale).round(), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_int8_is_the_product_of_the_rounded_operands(dtype: torch.dtype, bias: bool) -> None:
+    module, x = new_linear(bias, dtype), new_rows(dtype)
+    levels = 2 ** (int8.activation_bits() - 1) - 1
+    (q_x, scale_x), (q_w, scale_w) = integers(x, levels), integers(module.weight, 127)
+    expected = (q_x @ q_w.t()) * scale_x * scale_w.t()
+    y = Int8Twin(module)(x)
+    assert y.dtype == dtype
+    got = y if module.bias is None else y.double() - module.bias.double()
+    # A value that lies between two integers may round to the other one in float32: one step in one of 160 products.
+    assert relative_error(got, expected) < (1e-3 if dtype == torch.float32 else 5e-3)
+    exact = F.linear(x.double(), module.weight.double())
+    errors = (got.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert errors.max() < 3 * (1 / levels + 1 / 127) / 12**0.5 * 3.5, "every row has a scale of its own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_fp8_is_the_product_of_the_rounded_operands(dtype: torch.dtype, bias: bool) -> None:
+    module, x = new_linear(bias, dtype), new_rows(dtype)
+    (q_x, scale_x), (q_w, scale_w) = quantize_rows(x), quantize_rows(module.weight)
+    rounded = (q_x.double() * scale_x), (q_w.double() * scale_w)
+    expected = F.linear(*rounded, module.bias.double() if bias else None)
+    for twin in (Fp8Twin(module), EmulatedFp8Twin(module)) if dtype == torch.bfloat16 else (EmulatedFp8Twin(module),):
+        assert twin(x[:0]).shape == (0, 96)
+        y = twin(x)
+        assert y.dtype == dtype
+        assert relative_error(y, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("kind", [Int8Twin, EmulatedFp8Twin])
+@torch.no_grad()
+def test_corners_of_a_twin(kind: type) -> None:
+    module, x = new_linear(bias=False), new_rows()
+    twin = kind(module)
+    assert twin(x[:0]).shape == (0, 96)
+    assert torch.equal(twin(torch.zeros(3, 160)), torch.zeros(3, 96))
+    assert torch.equal(twin(torch.stack((x, x), 1)[:, 0]), twin(x)), "rows may be strided"
+    for bad in (float("nan"), float("inf")):
+        spoilt = x.clone()
+        spoilt[5, 7] = bad
+        y = twin(spoilt)
+        assert y[5].isnan().all()
+        assert torch.equal(y[:5], twin(x)[:5])
+    module.weight[3, 4] = float("nan")
+    module.weight[8] = 0
+    y = kind(module)(x)
+    assert y[:, 3].isnan().all()
+    assert torch.equal(y[:, 8], torch.zeros(37))
+    assert y[:, 4:].isfinite().all()
+
+
+def test_seven_bits_where_eight_would_saturate() -> None:
+    assert int8.activation_bits() in (7, 8)
+    weight = torch.full((16, 256), 1.0)
+    y = int8.Int8Weight(weight).multiply(torch.ones(4, 256))  # the largest integers everywhere
+    torch.testing.assert_close(y, torch.full((4, 16), 256.0))
+
+
+@pytest.mark.parametrize("name", ["activation", "times", "plus"])
+@torch.no_grad()
+def test_what_follows_a_product(name: str) -> None:
+    module, x = new_linear(), new_rows()
+    twin = module.__dict__[TWIN] = Int8Twin(module)
+    operand = torch.randn(37, 96)
+    follows = {"activation": nn.SiLU()} if name == "activation" else {name: operand}
+    y = twin(x)
+    expected = {"activation": F.silu(y), "times": y * operand, "plus": y + operand}[name]
+    assert torch.equal(linear(module, x, **follows), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ON_A_CPU)
+def test_small_stacks_stay_close(precision: str, dtype: torch.dtype, family: str) -> None:
+    model = new_stack(family, dtype=dtype, up_proj_bias=True).eval()
+    plain = outputs(model)
+    report = model.fuse(precision)
+    assert (report.precision, report.quantised, report.kept) == (precision, QUANTISED, {})
+    close = torch.cosine_similarity(outputs(model).double(), plain.double())
+    assert close.min() > {"int8": 0.9999, "fp8-emulated": 0.9995}[precision]
+    assert close.max() < 1 - 1e-7, "the twins must be used"
+    model.unfuse()
+    assert torch.equal(outputs(model), plain)
+
+
+@pytest.mark.parametrize(("precision", "closest"), [("int8", 0.9997), ("fp8-emulated", 0.998)])
+def test_the_tiny_model_in_many_languages(precision: str, closest: float) -> None:
+    model = MTLLM.from_pretrained("tiny")
+    languages, texts = zip(*article_1().items(), strict=True)
+    plain = model.encode(texts, languages)
+    model.fuse(precision)
+    assert torch.cosine_similarity(model.encode(texts, languages), plain).min() > closest
+
+
+def test_fp8_end_to_end_with_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision_module, "_why_not_here", lambda *_: None)
+    emulated = outputs(quantised_stack("fp8-emulated", dtype=torch.bfloat16))
+    assert relative_error(outputs(quantised_stack("fp8", dtype=torch.bfloat16)), emulated) < 1e-2
+
+
+def test_which_layers_have_a_twin() -> None:
+    model = quantised_stack()
+    first = {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    second = first | {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+    expected = {f"llm2vec.layers.{i}.{name}" for i, names in ((0, first), (1, second)) for name in names}
+    assert twins(model) == expected
+    model.unfuse()
+    assert not twins(model)
+    model.fuse()
+    assert not twins(model), "opt-in"
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    model = quantised_stack()
+    together = outputs(model, **batch((9, 4, 6), left=()))
+    alone = outputs(model, **{name: value[1:2, :4] for name, value in batch((9, 4, 6), left=()).items()})
+    # Nothing but float32's order of addition before the rounding, which may tip a value over to the next integer.
+    assert relative_error(alone[0], together[1]) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ON_A_CPU)
+def test_saved_bit_for_bit_while_quantised(precision: str, tmp_path) -> None:
+    model, plain = quantised_stack(precision), new_stack(up_proj_bias=True).eval()
+    expected = plain.state_dict()
+    for _ in range(2):
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        model.unfuse()
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in plain.named_buffers()]
+    model.fuse(precision)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(MTLLM.from_pretrained(tmp_path)), outputs(plain))
+
+
+def second_layer(model: nn.Module) -> nn.Module:
+    return model.llm2vec.layers[1]
+
+
+def in_place(model: MTLLM) -> None:
+    with torch.no_grad():
+        second_layer(model).mlp.up_proj.weight.mul_(3)
+
+
+def through_data(model: MTLLM) -> None:
+    second_layer(model).mlp.up_proj.weight.data.mul_(3)
+
+
+def assign_data(model: MTLLM) -> None:
+    weight = second_layer(model).mlp.down_proj.weight
+    weight.data = weight.data.flip(0)
+
+
+def replace_a_parameter(model: MTLLM) -> None:
+    second_layer(model).self_attn.v_proj.weight = nn.Parameter(second_layer(model).self_attn.v_proj.weight.detach() * 4)
+
+
+def replace_a_module(model: MTLLM) -> None:
+    second_layer(model).mlp.down_proj = copy.deepcopy(second_layer(model).mlp.down_proj)
+    nn.init.normal_(second_layer(model).mlp.down_proj.weight, std=0.5)
+
+
+def replace_a_layer(model: MTLLM) -> None:
+    model.llm2vec.layers[1] = copy.deepcopy(model.llm2vec.layers[0])
+
+
+def load_into_a_module(model: MTLLM) -> None:
+    mlp = second_layer(model).mlp
+    mlp.load_state_dict({name: value.flip(0) for name, value in mlp.state_dict().items()})
+
+
+def load_other(model: MTLLM) -> None:
+    model.load_state_dict({name: value * 1.1 for name, value in model.state_dict().items()})
+
+
+def hook(model: MTLLM) -> None:
+    second_layer(model).mlp.down_proj.register_forward_hook(lambda module, args, out: out * 4)
+
+
+def merge_and_unload(model: MTLLM) -> None:
+    """Adds to ``weight.data`` and puts the same modules back: neither an identity nor a version tells."""
+    assert with_lora(model).merge_and_unload() is model
+
+
+def optimizer_step(model: MTLLM) -> None:
+    model.train()
+    model(**batch()).pooler_output.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    model.zero_grad()
+    model.eval()
+
+
+STALE = [
+    in_place, through_data, assign_data, replace_a_parameter, replace_a_module, replace_a_layer, load_into_a_module,
+    load_other, hook, merge_and_unload, optimizer_step,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STALE, ids=lambda change: change.__name__)
+def test_a_changed_weight_is_never_stale(change) -> None:
+    model = quantised_stack()
+    before = outputs(model)
+    change(model)
+    after = outputs(model)
+    model.unfuse()
+    assert not twins(model)
+    exact = outputs(model)
+    assert relative_error(exact, before) > 2e-2, "the change had no effect"
+    assert relative_error(after, exact) < 1e-2
+
+
+def test_a_rebuild_keeps_the_precision() -> None:
+    model = quantised_stack("fp8-emulated")
+    in_place(model)
+    outputs(model)
+    assert model._fused.report.precision == "fp8-emulated"
+    assert len(twins(model)) == QUANTISED
+
+
+def test_adapters_are_left_alone_and_counted() -> None:
+    model = new_stack(up_proj_bias=True).eval()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*llm2vec.*down_proj")).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    plain = outputs(wrapped)
+    report = model.fuse("int8")
+    assert report.quantised == QUANTISED - 2
+    assert set(report.kept.values()) == {"is a Linear of peft"}
+    assert sorted(report.kept) == [f"llm2vec.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert "9 linear layers, 2 left as they are" in str(report)
+    assert "llm2vec.layers.0.mlp.down_proj is a Linear of peft" in str(report)
+    assert relative_error(outputs(wrapped), plain) < 1e-2
+
+
+def test_adapters_on_every_layer_leave_nothing_to_quantise(caplog: pytest.LogCaptureFixture) -> None:
+    model = quantised_stack()
+    wrapped = with_lora(model).eval()
+    found = outputs(wrapped)
+    assert model._fused is None
+    assert "none of the LLM's linear layers can be quantised: the first is a Linear of peft" in caplog.text
+    with wrapped.disable_adapter():
+        assert relative_error(outputs(wrapped), found) > 1e-3
+    with pytest.raises(ValueError, match="precision 'int8' cannot be used: none of"):
+        model.fuse("int8")
+    assert LORA  # the regular expression names every layer that could have a twin
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("int4", {}, "precision must be one of 'fp8', 'int8', 'fp8-emulated', got 'int4'"),
+        ("fp8", {}, "'fp8' cannot be used: fp8 needs an NVIDIA GPU, the model is on cpu; 'fp8-emulated' predicts"),
+        ("fp8-emulated", {"dtype": torch.float64}, "'fp8-emulated' cannot be used: the model is float64"),
+        ("int8", {"family": "gpt2"}, "GPT2Model has no packed layers"),
+    ],
+)
+def test_what_cannot_be_had_says_why(precision: str, options: dict, message: str) -> None:
+    model = new_stack(**options).eval()
+    with pytest.raises(ValueError, match=message):
+        model.fuse(precision)
+    assert model._fused is None
+    assert not twins(model)
+
+
+def test_reasons_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, here = torch.device("cuda", 0), precision_module._why_not_here
+    assert here("int8", gpu, torch.bfloat16) == "int8 runs on a CPU, the model is on cuda:0"
+    monkeypatch.setattr(precision_module, "compute_capability", lambda index: (8, 0))
+    assert here("fp8", gpu, torch.bfloat16) == "fp8 needs compute capability 8.9, this GPU has 8.0"
+    monkeypatch.setattr(precision_module, "compute_capability", lambda index: (9, 0))
+    assert here("fp8", gpu, torch.bfloat16) is None
+    assert here("fp8", gpu, torch.float32) == "fp8 multiplies into bfloat16, the model is float32"
+    odd = nn.Linear(24, 32, dtype=torch.bfloat16)
+    assert "is 32 by 24, and fp8 needs" in precision_module._why_not_layer(
+        odd, "fp8", odd.weight.device, torch.bfloat16
+    )
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "without oneDNN" in here("int8", torch.device("cpu"), torch.float32)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_stack(up_proj_bias=True).eval()
+    plain = outputs(model)
+    give, given = precision_module._give_twin, []
+
+    def fail_after_three(*arguments) -> None:
+        if len(given) == 3:
+            raise torch.OutOfMemoryError("full")
+        given.append(give(*arguments))
+
+    monkeypatch.setattr(precision_module, "_give_twin", fail_after_three)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.fuse("int8")
+    assert not twins(model)
+    assert torch.equal(outputs(model), plain)
+
+
+def test_gradients_and_autocast_go_back_to_the_modules(caplog: pytest.LogCaptureFixture) -> None:
+    model, plain = quantised_stack(), new_stack(up_proj_bias=True).eval()
+    for parameter in [*model.nllb_encoder.parameters(), *model.up_proj.parameters()]:
+        parameter.requires_grad_(False)
+    for parameter in model.llm2vec.layers[0].parameters():
+        parameter.requires_grad_(False)
+    model(**batch()).pooler_output.square().mean().backward()
+    assert second_layer(model).mlp.down_proj.weight.grad is not None
+    assert "asked for gradients" in caplog.text
+    model.fuse("int8")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(outputs(model), outputs(plain))
+    assert "another precision" in caplog.text
+    assert not twins(model)
+    model.fuse("int8")
+    assert not twins(model.train())
+
+
+def test_moving_and_casting_drop_the_twins() -> None:
+    model = quantised_stack()
+    assert not twins(model.to(torch.bfloat16))
+    model.fuse("int8")
+    assert not twins(model.to("meta"))
+
+
+def test_copies_and_pickles_are_their_own() -> None:
+    model = quantised_stack()
+    expected = outputs(model)
+    twin = copy.deepcopy(model)
+    in_place(twin)
+    assert relative_error(outputs(twin), expected) > 1e-2
+    assert torch.equal(outputs(model), expected)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(outputs(loaded), expected)
+    assert twins(loaded) == twins(model)
+
+
+@pytest.mark.parametrize("kind", [Int8Twin, EmulatedFp8Twin, Fp8Twin])
+@torch.no_grad()
+def test_compiled_once_for_all_batches(kind: type) -> None:
+    torch.compiler.reset()
+    module = new_linear(dtype=torch.bfloat16)
+    module.__dict__[TWIN] = kind(module)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: linear(module, x), fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for rows in (37, 5, 20):
+        x = new_rows(torch.bfloat16)[:rows].clone()
+        assert torch.equal(compiled(x), linear(module, x))
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3, "another batch must not recompile"
+
+
+def test_the_report_of_a_model_against_itself_and_of_known_embeddings() -> None:
+    plain = torch.eye(4, 8) + 0.1 * torch.arange(4)[:, None]
+    same = evaluate.compare(plain, 3 * plain, list("abcd"))
+    assert same["cosine"] == {"min": pytest.approx(1), "mean": pytest.approx(1)}
+    assert same["same_nearest_neighbour"] == 1
+    turned = plain.clone()
+    turned[2] = plain[0] + 0.01
+    found = evaluate.compare(plain, turned, list("abcd"))
+    cosine = F.cosine_similarity(plain[2], turned[2], dim=0).item()
+    assert found["furthest"][0] == {"text": 2, "language": "c", "cosine": pytest.approx(cosine)}
+    assert found["cosine"] == {"min": pytest.approx(cosine), "mean": pytest.approx((3 + cosine) / 4)}
+    assert found["same_nearest_neighbour"] < 1
+    assert evaluate.compare(plain[:2], plain[:2], list("ab"))["same_nearest_neighbour"] is None
+
+
+def test_the_report_s_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["mtllm-fast", "evaluate", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    assert run("--precision-report", "--layers", "--out", tmp_path / "all.json", "--device", "cpu") == 0
+    shown = capsys.readouterr()
+    assert "fp8-emulated against float32" in shown.out
+    assert "18 linear layers, 0 left as they are" in shown.out
+    assert shown.err.endswith("whose embeddings mean nothing; give --model\n")
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert (report["precision"], report["emulated"], report["texts"]) == ("fp8-emulated", True, len(article_1()))
+    assert 0.998 < report["cosine"]["min"] <= report["cosine"]["mean"] < 1
+    assert 0.8 < report["same_nearest_neighbour"] <= 1
+    assert len(report["layer_errors"]) == 3
+    assert all(0 < error < 0.1 for error in report["layer_errors"])
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Habari ya dunia\nHabari za asubuhi\n")
+    options = ["--precision-report", "--precision", "int8", "--texts", texts, "--device", "cpu"]
+    assert run(*options, "--src-lang", "sw", "--out", tmp_path / "two.json") == 0
+    report = json.loads((tmp_path / "two.json").read_text())
+    assert (report["precision"], report["emulated"], report["texts"]) == ("int8", False, 2)
+    assert report["same_nearest_neighbour"] is None
+    for wrong in (options, [], ["--precision-report", "--src-lang", "sw"], ["--precision-report", "--model", "/no"]):
+        capsys.readouterr()
+        assert run(*wrong) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_encode_s_option(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("Habari ya dunia\nHabari za asubuhi\n")
+    arguments = ["encode", tmp_path / "in.txt", "--src-lang", "sw", "--out", tmp_path / "out.npy", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["mtllm-fast", *map(str, arguments), "--precision", "int8"])
+    with contextlib.suppress(SystemExit):
+        main()
+    model = MTLLM.from_pretrained("tiny")
+    model.fuse("int8")
+    expected = model.encode(["Habari ya dunia", "Habari za asubuhi"], "swh_Latn", convert_to_numpy=True)
+    assert relative_error(torch.from_numpy(np.load(tmp_path / "out.npy")), torch.from_numpy(expected)) < 1e-3

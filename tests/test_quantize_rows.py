@@ -1,0 +1,166 @@
+"""``quantize_rows``: bit for bit what its formula says, its corners, and its contract with autograd and compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mtllm_fast.core.errors import UnsupportedBackendError
+from mtllm_fast.ops.quantize_rows import quantize_rows, schema
+from mtllm_fast.ops.quantize_rows.e4m3 import E4M3, LARGEST, SMALLEST
+from mtllm_fast.testing.inputs import packed_states
+from mtllm_fast.testing.poison import poisoned_memory
+
+BACKENDS = ["reference", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Every finite value of e4m3, from the least to the largest.
+GRID = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+GRID = GRID[GRID.isfinite()].unique()
+
+
+@pytest.fixture(autouse=True)
+def torch_converts_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter rounds to 8-bit floats wrongly and is refused; here torch takes that step from it."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_exactly(value, source, target, rounding):
+        if target != interpreter.tl.float8e4nv:
+            return convert(value, source, target, rounding)
+        return torch.from_numpy(value.astype("float32")).to(E4M3).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_exactly)
+    monkeypatch.setattr(schema, "why_not_interpreted", lambda x: None)
+
+
+def states(rows: int, width: int, **options) -> Tensor:
+    """Rows of very different size, with an outlier each."""
+    x = packed_states((rows,), width, **options)
+    x[torch.arange(rows), torch.arange(rows) % width] *= 30
+    return x
+
+
+def nearest(x: Tensor) -> Tensor:
+    """The values of e4m3 that lie nearest, ties to the even one, by a search that knows no bit patterns."""
+    above = torch.searchsorted(GRID, x.contiguous()).clamp(1, len(GRID) - 1)
+    low, high = GRID[above - 1], GRID[above]
+    up = (high - x < x - low) | ((high - x == x - low) & (above % 2 == len(GRID) // 2 % 2))
+    return torch.where(up, high, low)
+
+
+def check(x: Tensor, backend: str) -> None:
+    with poisoned_memory():
+        q, scale = quantize_rows(x, backend=backend)
+    assert (q.dtype, q.shape, scale.dtype, scale.shape) == (E4M3, x.shape, torch.float32, (len(x), 1))
+    assert q.is_contiguous()
+    assert scale.is_contiguous()
+    wide = x.float().cpu()
+    expected = wide.abs().amax(1, keepdim=True).clamp(min=SMALLEST) * (1 / LARGEST)
+    assert torch.equal(scale.cpu(), expected)
+    assert torch.equal(q.float().cpu(), nearest(wide * expected.reciprocal()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 41, 2000, 4096])
+def test_every_bit(backend: str, dtype: torch.dtype, width: int, device: torch.device) -> None:
+    check(states(7, width, dtype=dtype, device=device), backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 1024, 5120, 14336, 28672, 32768])
+def test_every_compiled_shape(dtype: torch.dtype, width: int, device: torch.device) -> None:
+    check(states(700, width, dtype=dtype, device=device), "triton")
+    check(states(5, width, dtype=dtype, device=device, row_stride=width + 1), "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_strides_zeros_and_no_rows(backend: str, device: torch.device) -> None:
+    check(states(9, 128, device=device, row_stride=135), backend)
+    check(states(9, 16, device=device).t().contiguous().t(), backend)
+    check(torch.zeros(3, 16, device=device), backend)
+    check(torch.zeros(0, 16, device=device), backend)
+    check(torch.full((2, 16), 1e-38, device=device), backend)
+    check(torch.full((2, 16), torch.finfo(torch.float32).max, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_becomes_nan_and_no_other(backend: str, bad: float, device: torch.device) -> None:
+    x = states(8, 64, device=device)
+    clean, clean_scale = quantize_rows(x, backend=backend)
+    x[3, 17] = bad
+    q, scale = quantize_rows(x, backend=backend)
+    assert scale[3].isnan().all()
+    assert q[3].float().isnan().all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(q[others].float(), clean[others].float())
+    assert torch.equal(scale[others], clean_scale[others])
+
+
+def test_the_stated_bound_of_the_error() -> None:
+    x = states(64, 512)
+    q, scale = quantize_rows(x)
+    error = (q.float() * scale - x).abs()
+    assert (error <= torch.maximum(x.abs() / 16, scale * 2**-10) * (1 + 1e-6)).all()
+    assert (error > x.abs() / 17).any(), "the bound is not far off"
+
+
+def test_opcheck(device: torch.device) -> None:
+    torch.library.opcheck(schema.quantize_op, (states(3, 16, device=device), "auto"))
+
+
+def test_gradients_are_refused() -> None:
+    q, _ = quantize_rows(states(3, 16).requires_grad_())
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        q.float().sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_compiles_once_for_all_batches(backend: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def dequantized(x: Tensor) -> Tensor:
+        q, scale = quantize_rows(x, backend=backend)
+        return q.float() * scale
+
+    for rows in (3, 9, 4):
+        x = states(rows, 16, device=device)
+        q, scale = quantize_rows(x, backend=backend)
+        assert torch.equal(dequantized(x), q.float() * scale)
+    assert counter.frame_count == 1, "another batch must not recompile"
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.ones(16), ValueError, r"quantize_rows: x must be \[T, K\], got \[16\]"),
+        ([[1.0]], TypeError, "x must be a tensor, got list"),
+        (torch.ones(2, 2, dtype=torch.float64), TypeError, "x must be float32 or bfloat16 or float16, got float64"),
+    ],
+)
+def test_bad_input(x: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_rows(x)
+
+
+def test_the_kernel_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UnsupportedBackendError, match=r"widths from 1 to 32768 .* What would work: reference"):
+        quantize_rows(torch.ones(2, 40000), backend="triton")
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedBackendError, match="interpreter converts to 8-bit floats wrongly"):
+            quantize_rows(torch.ones(2, 16), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UnsupportedBackendError, match="TRITON_INTERPRET=1 is not set"):
+        quantize_rows(torch.ones(2, 16), backend="triton")
