@@ -103,9 +103,7 @@ class CudaBackend:
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):  # on leaving, the caller's stream is current even if the capture fails
-            for _ in range(
-                2
-            ):  # compiles kernels, loads modules, makes the libraries' handles: all illegal in a capture
+            for _ in range(2):  # compiles kernels and makes the libraries' handles, which a capture must not
                 forward()
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 output = forward()
