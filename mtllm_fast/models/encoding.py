@@ -47,6 +47,7 @@ class EncodeOptions:
     output: str
     dtype: torch.dtype | None
     to_numpy: bool
+    cuda_graphs: bool | None = None
 
 
 def encode(
@@ -66,6 +67,8 @@ def encode(
     truncated = 0
     with torch.no_grad(), evaluating(model), _progress_bar(show_progress_bar, len(texts)) as bar:
         model.refresh_fused(thorough=True)
+        if options.cuda_graphs and (reason := model.graphs.why_not(model)):
+            raise ValueError(f"cuda_graphs=True cannot be served: {reason}; pass None for where it can")
         for chunk, rows in _tokenized_chunks(model.tokenizer, texts, languages, options.max_length):
             truncated += chunk.n_truncated
             for batch in _batches(chunk.lengths, options.batch_tokens):
@@ -127,19 +130,23 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 
 def _run(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray, options: EncodeOptions) -> Tensor:
     """Pooled embeddings ``[B, D]`` or token states ``[T, D]`` of one batch, on the model's device."""
-    inputs = _to_device(model, chunk, batch)
-    states = model.pooled(inputs) if options.output == "pooled" else model.hidden(inputs)
+    lengths = chunk.lengths[batch]
+    ids = np.concatenate([chunk.ids[chunk.offsets[i] : chunk.offsets[i + 1]] for i in batch])
+    cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    states = None
+    if options.cuda_graphs is not False:
+        states = model.graphs.run(model, ids, cu_seqlens, options.output, at_once=options.cuda_graphs is True)
+    if states is None:
+        inputs = _to_device(model, ids, cu_seqlens, int(lengths.max()))
+        states = model.pooled(inputs) if options.output == "pooled" else model.hidden(inputs)
     if options.normalize:
         states = F.normalize(states.float(), dim=-1)  # rounded once, to the dtype of the output
     return states
 
 
-def _to_device(model: MTLLM, chunk: TokenizedTexts, batch: np.ndarray) -> PackedInputs:
-    lengths = chunk.lengths[batch]
-    ids = torch.from_numpy(np.concatenate([chunk.ids[chunk.offsets[i] : chunk.offsets[i + 1]] for i in batch]))
-    cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-    ids, cu_seqlens = (upload(t, model.device) for t in (ids, cu_seqlens))
-    return prepare_inputs(model, ids, None, None, cu_seqlens, int(lengths.max()))
+def _to_device(model: MTLLM, ids_T: np.ndarray, bounds: np.ndarray, longest: int) -> PackedInputs:
+    ids, cu_seqlens = (upload(torch.from_numpy(array), model.device) for array in (ids_T, bounds))
+    return prepare_inputs(model, ids, None, None, cu_seqlens, longest)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

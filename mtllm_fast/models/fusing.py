@@ -100,11 +100,11 @@ def fuse(model: MTLLM, precision: str | None = None) -> Fused:
         weights = stack_weights(model).map(lambda tensor: tensor.to(device))
         composite, form, errors = _build(model, weights)
     quantised = None if precision is None else eight_bits.quantise(model, precision)
-    projections = _projections(model)
-    plain = all(type(module) is nn.Linear for module in projections)  # PEFT puts new adapters where the base weight is
+    replaced = projections(model)
+    plain = all(type(module) is nn.Linear for module in replaced)  # PEFT puts new adapters where the base weight is
     released = composite is not None and device.type == "cuda" and plain
     if released:
-        for module in projections:
+        for module in replaced:
             module.to("cpu")
     report = FuseReport(form, errors, released)
     if quantised is not None:
@@ -118,7 +118,7 @@ def unfuse(model: MTLLM, fused: Fused) -> None:
     if fused.quantised is not None:
         eight_bits.restore(model, fused.quantised)
     if fused.report.released:
-        for module in _projections(model):  # whatever has been wrapped around them too
+        for module in projections(model):  # whatever has been wrapped around them too
             module.to(fused.device)
 
 
@@ -149,7 +149,8 @@ def is_fresh(model: MTLLM, fused: Fused, thorough: bool) -> bool:
     return len(now) == len(fused.sources) and all(map(_Source.is_same, now, fused.sources))
 
 
-def _projections(model: MTLLM) -> list[nn.Module]:
+def projections(model: MTLLM) -> list[nn.Module]:
+    """The modules that a composite replaces."""
     attn = model.llm2vec.layers[0].self_attn
     return [attn.q_proj, attn.k_proj, attn.v_proj]
 
@@ -174,7 +175,7 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
     All of them are compared where that is little beside a forward: on a CPU, and once per ``encode``. A bare forward on
     a GPU compares a sample of what is on the host.
     """
-    modules = tuple((id(module), *getattr(module, "merged_adapters", ())) for module in _projections(model))
+    modules = tuple((id(module), *getattr(module, "merged_adapters", ())) for module in projections(model))
     everything = thorough or model.up_proj.weight.device.type == "cpu"
     found = []
     for t in stack_weights(model).tensors():

@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models import encoding, fusing, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
+from mtllm_fast.models.graphs import GraphCache
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_rms_norm, to_packed_layers
 from mtllm_fast.models.stack import enter
@@ -99,6 +100,7 @@ class MTLLM(MTLLMPreTrainedModel):
     ) -> None:
         use_default_attention(config)
         super().__init__(config)
+        self.graphs = GraphCache()
         self.nllb_encoder = nllb_encoder if nllb_encoder is not None else _new_tower(config.nllb_config, M2M100Encoder)
         self.up_proj = nn.Linear(config.nllb_config.d_model, config.hidden_size, bias=bool(config.up_proj_bias))
         self.llm2vec = llm2vec if llm2vec is not None else _new_tower(config.llm2vec_config)
@@ -190,6 +192,7 @@ class MTLLM(MTLLMPreTrainedModel):
         output_dtype: torch.dtype | None = None,
         show_progress_bar: bool | None = None,
         device: str | torch.device | None = None,
+        cuda_graphs: bool | None = None,
     ) -> Any:
         """Embed texts of any of NLLB's languages, one language for all or one per text.
 
@@ -211,6 +214,10 @@ class MTLLM(MTLLMPreTrainedModel):
             output_dtype: default: the model's.
             show_progress_bar: default: for long work on a terminal.
             device: move the model there first.
+            cuda_graphs: batches of up to 1024 tokens run as CUDA graphs, rounded up to a few sizes, each captured once:
+                None: on a GPU where nothing forbids it, a size from its second batch on; True: from the first on, and
+                raise where graphs cannot serve; False: never. Change a module's constants (eps …) and
+                ``release_graphs()``; changes of weights, adapters and attention are noticed.
 
         Returns:
             Tensor | numpy.ndarray | list: as above; without the first axis when ``sentences`` is one string.
@@ -218,6 +225,7 @@ class MTLLM(MTLLMPreTrainedModel):
         Raises:
             UnknownLanguageError: names the nearest codes.
             TokenizerNotFoundError: neither beside the checkpoint nor at the configured id.
+            ValueError: an option is out of range, or ``cuda_graphs=True`` cannot be served (the reason is named).
 
         Example:
 
@@ -235,6 +243,8 @@ class MTLLM(MTLLMPreTrainedModel):
             raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
         if output_dtype is not None and not isinstance(output_dtype, torch.dtype):
             raise TypeError(f"output_dtype must be a torch.dtype, got {type(output_dtype).__name__} {output_dtype!r}")
+        if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be None, True or False, got {cuda_graphs!r}")
         if device is not None:
             self.to(device)
         options = encoding.EncodeOptions(
@@ -244,6 +254,7 @@ class MTLLM(MTLLMPreTrainedModel):
             output=output,
             dtype=output_dtype,
             to_numpy=convert_to_numpy,
+            cuda_graphs=cuda_graphs,
         )
         return encoding.encode(self, sentences, src_lang, options, show_progress_bar)
 
@@ -290,9 +301,14 @@ class MTLLM(MTLLMPreTrainedModel):
 
     def unfuse(self) -> None:
         """Back to the modules; does nothing on a model that is not fused."""
+        self.release_graphs()
         if self._fused is not None:
             fused, self._fused = self._fused, None
             fusing.unfuse(self, fused)
+
+    def release_graphs(self) -> None:
+        """Free the CUDA graphs that ``encode`` has captured and their memory; it captures again when it needs to."""
+        self.graphs.release()
 
     def composite(self, encoded_Td: Tensor) -> Composite | None:
         """The fused stage's weights, never stale; None where the modules must run."""

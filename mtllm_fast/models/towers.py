@@ -36,7 +36,7 @@ def run_encoder(
 ) -> Tensor:
     """``M2M100Encoder`` on packed tokens: ids int64 [T] -> [T, d]. ``collect`` receives the state after each layer."""
     hidden = encoder.embed_tokens(input_ids_T)
-    hidden = hidden + _sinusoid(encoder.embed_positions, layout).to(hidden)
+    hidden = hidden + _sinusoid(encoder, layout).to(hidden)
     hidden = F.dropout(hidden, encoder.dropout, encoder.training)
     packed = _context(encoder, layout)
     for layer in encoder.layers:
@@ -50,12 +50,19 @@ def run_encoder(
     return encoder.layer_norm(hidden)
 
 
-def _sinusoid(positions: nn.Module, layout: PackedLayout) -> Tensor:
+def _sinusoid(encoder: PreTrainedModel, layout: PackedLayout) -> Tensor:
     """Rows of the fairseq table: position 0 is row ``padding_idx + 1``. The table grows for longer texts."""
-    first = positions.padding_idx + 1
-    if first + layout.max_seqlen > positions.weights.shape[0]:
-        positions.make_weights(first + layout.max_seqlen, positions.embedding_dim, positions.padding_idx)
-    return positions.weights.index_select(0, layout.position_ids + first)
+    reserve_positions(encoder, layout.max_seqlen)
+    positions = encoder.embed_positions
+    return positions.weights.index_select(0, layout.position_ids + positions.padding_idx + 1)
+
+
+def reserve_positions(encoder: PreTrainedModel, length: int) -> None:
+    """Grow the table of positions for texts of up to so many tokens, where it is smaller."""
+    positions = encoder.embed_positions
+    rows = positions.padding_idx + 1 + length
+    if rows > positions.weights.shape[0]:
+        positions.make_weights(rows, positions.embedding_dim, positions.padding_idx)
 
 
 def run_llm(

@@ -60,7 +60,8 @@ def varlen_attention(
         max_seqlen (int): an upper bound of the longest sentence.
         scale (float): default ``hd ** -0.5``.
         dropout_p (float): dropout of the attention weights.
-        dead_tail (bool): rows from ``cu_seqlens[-1]`` on may exist; their output is zero. Without it they must not.
+        dead_tail (bool): rows from ``cu_seqlens[-1]`` on may exist; their output is zero. Without it their output
+            and gradients are undefined.
         backend (str): ``"flash_attn"`` (the package), ``"torch_varlen"`` (PyTorch's own), ``"sdpa"`` (PyTorch's
             memory-efficient kernel; on the CPU its flash kernel), ``"reference"``, or ``"auto"``: the first of these
             that can serve.
