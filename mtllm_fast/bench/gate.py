@@ -150,5 +150,6 @@ def _gradient_error(step: Step, truth: Step) -> float:
 def _refuse(name: str, what: str, error: float, allowed: float) -> None:
     if not error <= allowed:
         raise WrongResultError(
-            f"{name}: {what} has relative error {error:.2e}, allowed {allowed:.2e}; no speed is reported for a wrong result"
+            f"{name}: {what} has relative error {error:.2e}, allowed {allowed:.2e}; "
+            "no speed is reported for a wrong result"
         )
