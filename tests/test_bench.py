@@ -278,7 +278,8 @@ class TestRun:
 
     def test_every_peer_name_makes_a_peer(self, stack: Stack, texts: Workload) -> None:
         options = BenchOptions(device="cpu").resolved()
-        assert tuple(peer.name for peer in make_peers(options, stack, texts)) == PEERS
+        made = tuple(peer.name for peer in make_peers(options, stack, texts))
+        assert made == tuple(name for name in PEERS if name != "liger"), "which a CPU cannot run"
 
 
 def throughput(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,8 @@ with the embeddings [B, D] on the device in input order; all read the same param
     longest text in input order, mean pooling under the mask.
 ``reference-sorted``
     The same, batches drawn from the whole set sorted by length (what sentence-transformers does).
+``liger``
+    ``reference-sorted`` with Liger's Triton kernels for RMSNorm, RoPE and SwiGLU in the LLM (GPU only).
 ``compiled``
     ``reference-sorted`` under ``torch.compile(dynamic=True)``; compilation happens in the warm-up and is counted apart.
 ``translate-greedy``, ``translate-beam4`` (together ``translate-test``)
@@ -32,7 +34,8 @@ from mtllm_fast.models.encoding import upload
 
 PAD_ID = 1
 TRANSLATE_TEST = ("translate-greedy", "translate-beam4")
-PEERS = ("reference", "reference-sorted", "compiled", *TRANSLATE_TEST, "ours")
+PEERS = ("reference", "reference-sorted", "liger", "compiled", *TRANSLATE_TEST, "ours")
+TRAIN_PEERS = ("reference", "reference-checkpointed", "ours", "ours-checkpointed")
 
 Encode = Callable[[Sequence[IdArray]], Tensor]
 BatchForward = Callable[[Tensor, Tensor], Tensor]
@@ -48,18 +51,20 @@ class Peer:
     same_semantics: bool = True  # computes the method's embeddings, so it must pass the gate
 
 
-def resolve_peers(names: Sequence[str]) -> tuple[str, ...]:
-    """Peer names in the order of ``PEERS``, ``translate-test`` expanded.
+def resolve_peers(names: Sequence[str], known: Sequence[str] = PEERS) -> tuple[str, ...]:
+    """Peer names in the order of ``known``, ``translate-test`` expanded.
 
     Raises:
         ValueError: a name that is no peer.
     """
     chosen: set[str] = set()
     for name in names:
-        if name != "translate-test" and name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)} or translate-test")
-        chosen.update(TRANSLATE_TEST if name == "translate-test" else (name,))
-    return tuple(name for name in PEERS if name in chosen)
+        expanded = TRANSLATE_TEST if name == "translate-test" else (name,)
+        if not set(expanded) <= set(known):
+            also = " or translate-test" if set(TRANSLATE_TEST) <= set(known) else ""
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(known)}{also}")
+        chosen.update(expanded)
+    return tuple(name for name in known if name in chosen)
 
 
 def pad(texts: Sequence[IdArray], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""One run of the throughput benchmark, from options to a JSON-ready record: build, gate, warm up, time, summarise."""
+"""One run of the benchmark, from options to a JSON-ready record: build, gate, warm up, time, summarise."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,123 +12,44 @@ import torch
 
 from mtllm_fast.bench.facts import facts
 from mtllm_fast.bench.gate import Gate
+from mtllm_fast.bench.linears import BARE_GEMMS, bare_gemms
 from mtllm_fast.bench.measure import MemoryMeter, Timing, encode_flops, gemm_ceiling, interleave, spread
+from mtllm_fast.bench.options import BenchOptions
 from mtllm_fast.bench.peers import (
     PEERS,
     TRANSLATE_TEST,
+    Encode,
     Peer,
     packed_encode,
     padded_encode,
     reference_forward,
-    resolve_peers,
     translate_encode,
 )
-from mtllm_fast.bench.sizes import SIZES, Stack, make_stack, make_translator
+from mtllm_fast.bench.sizes import Stack, make_stack, make_translator
 from mtllm_fast.bench.truth import true_embeddings
-from mtllm_fast.bench.workloads import WORKLOADS, Workload, make_workload
+from mtllm_fast.bench.workloads import MEAN_SENTENCE, Workload, make_workload, one_text
 from mtllm_fast.core.errors import WrongResultError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MEAN_LENGTH = {"sentences": 40, "documents": 358, "mixed": 200}
-# Enough tokens for a round to last seconds: long against a clock tick, short enough for many rounds. "small" reads as
-# many sentences as FLORES-200's devtest has (1012): with 256 the padding of the unsorted reference, and with it the
-# ratio to it, moves by 18 % with the texts that were drawn (1.77 to 2.13 times the real tokens over 12 seeds).
-ROUND_TOKENS = {"tiny": 16_384, "small": 1012 * 40, "1b": 2_048, "8b": 1_024}
-ROUND_TOKENS_GPU = 65_536
-MIN_TEXTS = 32
 GATE_TEXTS = 16
-TRANSLATE_SHARE = 16
 SCHEMA = 1
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to run. ``None`` means: chosen from the size and the device, and recorded as chosen.
-
-    Args:
-        size: one of ``SIZES``.
-        workload: one of ``WORKLOADS``.
-        dtype: ``"fp32"`` or ``"bf16"``; default fp32 on a CPU, bf16 on a GPU.
-        device: a torch device; default the GPU if there is one.
-        rounds: interleaved rounds, each timing every peer once.
-        sentences: texts per round.
-        batch_size: texts per batch of the padded peers (the published ``encode`` has 32).
-        batch_tokens: real tokens per batch of ours.
-        peers: names from ``PEERS``, or ``translate-test`` for both of its rows.
-        translate_sentences: texts per round of the translate-test rows.
-        seed: seed of weights and texts.
-    """
-
-    size: str = "tiny"
-    workload: str = "sentences"
-    dtype: str | None = None
-    device: str | None = None
-    rounds: int = 5
-    sentences: int | None = None
-    batch_size: int = 32
-    batch_tokens: int | None = None
-    peers: tuple[str, ...] = PEERS
-    translate_sentences: int | None = None
-    seed: int = 0
-
-    def resolved(self) -> BenchOptions:
-        """The same options with every ``None`` decided.
-
-        Raises:
-            ValueError: an unknown name, a count below one, or a device that torch does not have.
-        """
-        for name, value, known in (("size", self.size, SIZES), ("workload", self.workload, WORKLOADS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} was asked for, but torch sees no GPU")
-        gpu = device.type == "cuda"
-        dtype = self.dtype or ("bf16" if gpu else "fp32")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        tokens = ROUND_TOKENS_GPU if gpu else ROUND_TOKENS[self.size]
-        sentences = self.sentences
-        if sentences is None:
-            sentences = max(MIN_TEXTS, tokens // MEAN_LENGTH[self.workload])
-        translate_sentences = self.translate_sentences
-        if translate_sentences is None:
-            translate_sentences = max(1, sentences // TRANSLATE_SHARE)
-        decided = dataclasses.replace(
-            self,
-            dtype=dtype,
-            device=str(device),
-            sentences=sentences,
-            batch_tokens=self.batch_tokens if self.batch_tokens is not None else (16_384 if gpu else 2_048),
-            translate_sentences=translate_sentences,
-            peers=resolve_peers(self.peers),
-        )
-        for name in ("rounds", "sentences", "batch_size", "batch_tokens", "translate_sentences"):
-            if getattr(decided, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(decided, name)}")
-        return decided
+Rows = dict[str, dict[str, Any]]
 
 
 def make_peers(options: BenchOptions, stack: Stack, workload: Workload) -> list[Peer]:
-    """The chosen peers over one stack, in the order of ``PEERS``."""
-    forward, size = reference_forward(stack), options.batch_size
-    device = stack.device
-    peers = []
-    for name in options.peers:
-        if name == "reference":
-            peers.append(Peer(name, padded_encode(forward, device, size, sort=False), workload))
-        elif name == "reference-sorted":
-            peers.append(Peer(name, padded_encode(forward, device, size, sort=True), workload))
-        elif name == "compiled":
-            compiled = torch.compile(forward, dynamic=True)
-            peers.append(Peer(name, padded_encode(compiled, device, size, sort=True), workload))
-        elif name == "ours":
-            peers.append(Peer(name, packed_encode(stack, options.batch_tokens or 1), workload))
-    translations = [name for name in options.peers if name in TRANSLATE_TEST]
+    """The chosen peers over one stack that can run here, in the order of ``PEERS``."""
+    forward, size, device = reference_forward(stack), options.batch_size, stack.device
+    names = [name for name in options.peers or PEERS if why_not(name, device) is None]
+    encoders: dict[str, Callable[[], Encode]] = {
+        "reference": lambda: padded_encode(forward, device, size, sort=False),
+        "reference-sorted": lambda: padded_encode(forward, device, size, sort=True),
+        "liger": lambda: _liger_encode(stack, size),
+        "compiled": lambda: padded_encode(torch.compile(forward, dynamic=True), device, size, sort=True),
+        "ours": lambda: packed_encode(stack, options.batch_tokens or 1),
+    }
+    peers = [Peer(name, encoders[name](), workload) for name in names if name not in TRANSLATE_TEST]
+    translations = [name for name in names if name in TRANSLATE_TEST]
     if translations:
         translator = make_translator(stack, options.seed)
         sample = workload.sample(options.translate_sentences or 1)
@@ -137,6 +58,31 @@ def make_peers(options: BenchOptions, stack: Stack, workload: Workload) -> list[
             encode = translate_encode(stack, translator, size, beams)
             peers.append(Peer(name, encode, sample, same_semantics=False))
     return sorted(peers, key=lambda peer: PEERS.index(peer.name))
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a peer cannot run on this machine, or None if nothing is known against it."""
+    if name != "liger":
+        return None
+    from mtllm_fast.bench.liger import why_no_liger
+
+    return why_no_liger(device)
+
+
+def _liger_encode(stack: Stack, batch_size: int) -> Encode:
+    from mtllm_fast.bench.liger import liger_forward
+
+    return padded_encode(liger_forward(stack), stack.device, batch_size, sort=True)
+
+
+def skipped(options: BenchOptions) -> Rows:
+    """The rows of the chosen peers that cannot run here, with the reason."""
+    reasons = {name: why_not(name, options.torch_device) for name in options.peers or ()}
+    return {
+        name: {"name": name, "status": "skipped", "reason": reason}
+        for name, reason in reasons.items()
+        if reason is not None
+    }
 
 
 def compiled_graphs() -> int:
@@ -181,6 +127,7 @@ def summarise(peer: Peer, timing: Timing, flops: float | None, ceiling: float) -
         "seconds": seconds,
         "tokens_per_s": spread([tokens / s for s in seconds]),
         "sentences_per_s": spread([texts / s for s in seconds]),
+        "milliseconds": spread([1e3 * s for s in seconds]),
         "gemm_fraction": None if flops is None else float(flops / spread(seconds)["median"] / ceiling),
         "peak_bytes": timing.peak_bytes,
     }
@@ -203,6 +150,72 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 row[key] = None
 
 
+@dataclass
+class Prepared:
+    """What every way of measuring encoding starts from."""
+
+    stack: Stack
+    workload: Workload
+    sample: Workload
+    gate: Gate
+    ceiling: float  # FLOP/s
+
+    def record(self, options: BenchOptions, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The JSON-ready record of a run; ``rows`` has one of each peer."""
+        flops = encode_flops(self.stack, self.workload.lengths)
+        return {
+            "schema": SCHEMA,
+            "benchmark": "throughput" if options.kind == "encode" else options.kind,
+            **facts(self.stack.device),
+            "options": dataclasses.asdict(options),
+            "workload": {
+                "texts": len(self.workload.ids),
+                "tokens": self.workload.tokens,
+                "mean_length": self.workload.tokens / len(self.workload.ids),
+                "max_length": int(self.workload.lengths.max()),
+                "flops_per_token": flops / self.workload.tokens,
+            },
+            "gate": {
+                "texts": len(self.sample.ids),
+                "reference_error": self.gate.reference_error,
+                "allowed_error": self.gate.allowed_error,
+            },
+            "gemm_ceiling_tflops": self.ceiling / 1e12,
+            "memory_kind": MemoryMeter(self.stack.device).kind,
+            "weights_bytes": sum(p.numel() * p.element_size() for p in self.stack.model.parameters()),
+            "peers": list(rows),
+        }
+
+
+def prepare(options: BenchOptions, say: Say) -> Prepared:
+    """The stack, the texts, the gate and the ceiling of resolved options."""
+    device, dtype = options.torch_device, options.torch_dtype
+    say(f"building the {options.size} stack ({options.dtype}, {device})")
+    stack = make_stack(options.size, device, dtype, options.seed)
+    vocab_size = stack.encoder.config.vocab_size
+    if options.kind == "latency":
+        workload = one_text(MEAN_SENTENCE, vocab_size, options.seed)
+        sample = make_workload("sentences", GATE_TEXTS, vocab_size, options.seed)
+    else:
+        workload = make_workload(options.workload, options.sentences or 1, vocab_size, options.seed)
+        sample = workload.sample(GATE_TEXTS)
+    say("computing float64 truth on a sample")
+    reference = padded_encode(reference_forward(stack), device, options.batch_size, sort=False)
+    gate = Gate(true_embeddings(stack, sample.ids), reference(sample.ids), reference(workload.ids))
+    return Prepared(stack, workload, sample, gate, gemm_ceiling(device, dtype))
+
+
+def checked(peers: Sequence[Peer], prepared: Prepared, say: Say) -> tuple[list[Peer], Rows]:
+    """Warm up and gate every peer: those that can be timed, and what is known of each so far."""
+    rows: Rows = {}
+    for peer in peers:
+        say(f"warming up and checking {peer.name}")
+        rows[peer.name] = {
+            "name": peer.name, **warm_up(peer, prepared.sample, prepared.gate, prepared.stack.device)
+        }  # fmt: skip
+    return [peer for peer in peers if rows[peer.name]["status"] == "ok"], rows
+
+
 def run(options: BenchOptions, say: Say = lambda message: None) -> dict[str, Any]:
     """Run the benchmark and return its record: options, hardware, workload, and one row per peer.
 
@@ -222,54 +235,43 @@ def run(options: BenchOptions, say: Say = lambda message: None) -> dict[str, Any
         ['reference', 'ours']
     """
     options = options.resolved()
-    device, dtype = torch.device(options.device or "cpu"), DTYPES[options.dtype or "fp32"]
-    say(f"building the {options.size} stack ({options.dtype}, {device})")
-    stack = make_stack(options.size, device, dtype, options.seed)
-    vocab_size = stack.encoder.config.vocab_size
-    workload = make_workload(options.workload, options.sentences or 1, vocab_size, options.seed)
-    sample = workload.sample(GATE_TEXTS)
+    if options.kind == "train":
+        from mtllm_fast.bench.train import run_train
 
-    say("computing float64 truth on a sample")
-    reference = padded_encode(reference_forward(stack), device, options.batch_size, sort=False)
-    gate = Gate(true_embeddings(stack, sample.ids), reference(sample.ids), reference(workload.ids))
-    peers = make_peers(options, stack, workload)
-    rows: dict[str, dict[str, Any]] = {}
-    for peer in peers:
-        say(f"warming up and checking {peer.name}")
-        rows[peer.name] = {"name": peer.name, **warm_up(peer, sample, gate, device)}
+        return run_train(options, say)
+    prepared = prepare(options, say)
+    if options.kind == "sweep":
+        from mtllm_fast.bench.sweep import run_sweep
 
-    timed_peers = [peer for peer in peers if rows[peer.name]["status"] == "ok"]
-    ceiling = gemm_ceiling(device, dtype)
+        return run_sweep(options, prepared, say)
+    return _run_once(options, prepared, say)
+
+
+def _run_once(options: BenchOptions, prepared: Prepared, say: Say) -> dict[str, Any]:
+    """Encoding, or the latency of one text: every peer on one workload."""
+    stack, workload, rounds = prepared.stack, prepared.workload, options.rounds or 1
+    timed_peers, rows = checked(make_peers(options, stack, workload), prepared, say)
+    say("finding the fastest matrix product")
+    gemms, product = bare_gemms(stack, workload, options.batch_tokens or 1)
     graphs = compiled_graphs()
-    say(f"timing {len(timed_peers)} peers in {options.rounds} interleaved rounds")
-    timings = interleave(timed_peers, options.rounds, device)
+    say(f"timing {len(timed_peers)} peers in {rounds} interleaved rounds")
+    timings = interleave([*timed_peers, gemms], rounds, stack.device)
     for peer in timed_peers:
         flops = encode_flops(stack, peer.workload.lengths) if peer.same_semantics else None
-        rows[peer.name].update(summarise(peer, timings[peer.name], flops, ceiling))
+        rows[peer.name].update(summarise(peer, timings[peer.name], flops, prepared.ceiling))
+        rows[peer.name]["ratio_to_bare_gemms"] = (
+            over(timings[peer.name].seconds, timings[BARE_GEMMS].seconds) if peer.same_semantics else None
+        )
     if rows.get("compiled", {}).get("status") == "ok":
         rows["compiled"]["graphs_while_timed"] = compiled_graphs() - graphs
-    ordered = list(rows.values())
+    rows |= skipped(options)
+    ordered = [rows[name] for name in options.peers or ()]
     add_ratios(ordered)
-    flops = encode_flops(stack, workload.lengths)
-    return {
-        "schema": SCHEMA,
-        "benchmark": "throughput",
-        **facts(device),
-        "options": dataclasses.asdict(options),
-        "workload": {
-            "texts": len(workload.ids),
-            "tokens": workload.tokens,
-            "mean_length": workload.tokens / len(workload.ids),
-            "max_length": int(workload.lengths.max()),
-            "flops_per_token": flops / workload.tokens,
-        },
-        "gate": {
-            "texts": len(sample.ids),
-            "reference_error": gate.reference_error,
-            "allowed_error": gate.allowed_error,
-        },
-        "gemm_ceiling_tflops": ceiling / 1e12,
-        "memory_kind": MemoryMeter(device).kind,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in stack.model.parameters()),
-        "peers": ordered,
-    }
+    record = prepared.record(options, ordered)
+    record["bare_gemms"] = {"product": product, "seconds": timings[BARE_GEMMS].seconds}
+    return record
+
+
+def over(seconds: Sequence[float], floor: Sequence[float]) -> dict[str, float]:
+    """Median over the rounds of a time in units of another's in the same round."""
+    return spread([own / other for own, other in zip(seconds, floor, strict=True)])

@@ -115,15 +115,15 @@ def make_stack(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
     else:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     return Stack(
-        encoder=_plain(M2M100Encoder, model.nllb_encoder),
+        encoder=plain_copy(M2M100Encoder, model.nllb_encoder),
         up_proj=model.up_proj,
-        llm=_plain(LlamaModel, model.llm2vec),
+        llm=plain_copy(LlamaModel, model.llm2vec),
         model=model,
     )
 
 
-def _plain(module_class: Any, tower: Any) -> Any:
-    """The Hugging Face module that a user of the reference would have, on the same parameters: no memory, no copies.
+def plain_copy(module_class: Any, tower: Any) -> Any:
+    """The Hugging Face module that a user of the reference would have, on the same weights: no memory, no copies.
 
     The model's own towers carry packed layers and a default attention of their own; the reference must not.
     """

@@ -7,21 +7,30 @@ wrong position or a missed rotary scaling in any peer shows up as an error here.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtllm_fast.bench.sizes import Stack
 from mtllm_fast.bench.workloads import IdArray, flat
 
 
-def _linear(x_TK: Tensor, module: nn.Linear) -> Tensor:
-    bias = None if module.bias is None else module.bias.double()
-    return F.linear(x_TK, module.weight.double(), bias)
+def _linear(x_TK: Tensor, module: Any, adapters: bool = True) -> Tensor:
+    """``x Wᵀ + b``, plus ``s (x Aᵀ) Bᵀ`` where the module is PEFT's LoRA and adapters are on; no dropout."""
+    base = getattr(module, "base_layer", module)
+    y = F.linear(x_TK, base.weight.double(), None if base.bias is None else base.bias.double())
+    if base is module or not adapters:
+        return y
+    for name in module.active_adapters:
+        a, b = module.lora_A[name].weight.double(), module.lora_B[name].weight.double()
+        y = y + module.scaling[name] * F.linear(F.linear(x_TK, a), b)
+    return y
 
 
 def _layer_norm(x_Td: Tensor, module: nn.LayerNorm) -> Tensor:
@@ -69,24 +78,41 @@ def _rotate(x_THk: Tensor, cos_Tk: Tensor, sin_Tk: Tensor) -> Tensor:
     return x_THk * cos_Tk[:, None] + torch.cat([-second, first], -1) * sin_Tk[:, None]
 
 
-def _llm(llm: Any, x_TD: Tensor, positions_T: Tensor, lengths: list[int]) -> Tensor:
+def _llm_layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], adapters: bool) -> Tensor:
+    linear = functools.partial(_linear, adapters=adapters)
+    h = _rms_norm(x, layer.input_layernorm)
+    q, k, v = (
+        linear(h, getattr(layer.self_attn, name)).unflatten(-1, (-1, cos.shape[-1]))
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    attended = _attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, lengths)
+    x = x + linear(attended, layer.self_attn.o_proj)
+    h = _rms_norm(x, layer.post_attention_layernorm)
+    return x + linear(F.silu(linear(h, layer.mlp.gate_proj)) * linear(h, layer.mlp.up_proj), layer.mlp.down_proj)
+
+
+def _llm(llm: Any, x_TD: Tensor, positions_T: Tensor, lengths: list[int], adapters: bool = True) -> Tensor:
     rotary = llm.rotary_emb
     angles = positions_T.double()[:, None] * rotary.inv_freq.double()
     angles = torch.cat([angles, angles], -1)
     cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
-    head_dim = cos.shape[-1]
+    # With a gradient, upcast weights would all live until the backward: a layer makes its own again.
+    run: Any = functools.partial(checkpoint, _llm_layer, use_reentrant=False) if x_TD.requires_grad else _llm_layer
     x = x_TD
     for layer in llm.layers:
-        h = _rms_norm(x, layer.input_layernorm)
-        q, k, v = (
-            _linear(h, getattr(layer.self_attn, name)).unflatten(-1, (-1, head_dim))
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        attended = _attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, lengths)
-        x = x + _linear(attended, layer.self_attn.o_proj)
-        h = _rms_norm(x, layer.post_attention_layernorm)
-        x = x + _linear(F.silu(_linear(h, layer.mlp.gate_proj)) * _linear(h, layer.mlp.up_proj), layer.mlp.down_proj)
+        x = run(layer, x, cos, sin, lengths, adapters)
     return _rms_norm(x, llm.norm)
+
+
+def _packed(texts: Sequence[IdArray], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Ids and positions [T], and the lengths."""
+    lengths = [len(text) for text in texts]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    return torch.from_numpy(flat(texts)[0]).to(device), positions, lengths
+
+
+def _pooled(hidden_TD: Tensor, lengths: list[int]) -> Tensor:
+    return torch.stack([part.mean(0) for part in hidden_TD.split(lengths)])
 
 
 @torch.inference_mode()
@@ -97,10 +123,37 @@ def true_embeddings(stack: Stack, texts: Sequence[IdArray]) -> Tensor:
         stack: an NLLB encoder, an up-projection and a Llama, in any dtype.
         texts: token ids of each text, ``[language code] tokens </s>``.
     """
-    packed, _ = flat(texts)
-    lengths = [len(text) for text in texts]
-    ids = torch.from_numpy(packed).to(stack.device)
-    positions = torch.cat([torch.arange(length, device=stack.device) for length in lengths])
+    ids, positions, lengths = _packed(texts, stack.device)
     encoded = _encoder(stack.encoder, ids, positions, lengths)
-    hidden = _llm(stack.llm, _linear(encoded, stack.up_proj), positions, lengths)
-    return torch.stack([part.mean(0) for part in hidden.split(lengths)])
+    return _pooled(_llm(stack.llm, _linear(encoded, stack.up_proj), positions, lengths), lengths)
+
+
+class Step(NamedTuple):
+    """What one training step comes to."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def true_step(
+    stack: Stack, texts: Sequence[IdArray], llm_texts: Sequence[IdArray], trained: Mapping[str, Tensor]
+) -> Step:
+    """One step of self-distillation: ``mean over [B, D] of (student - teacher)²`` and its gradients, in float64 (the
+    gradients are rounded to the dtypes of ``trained`` at the very end).
+
+    Args:
+        stack: its ``llm`` with PEFT's LoRA; the teacher is that LLM without it.
+        texts: the encoder's token ids, which the student reads.
+        llm_texts: the LLM's, which the teacher reads.
+        trained: the parameters by name.
+    """
+    with torch.no_grad():
+        ids, positions, lengths = _packed(llm_texts, stack.device)
+        embedded = F.embedding(ids, stack.llm.embed_tokens.weight).double()
+        teacher = _pooled(_llm(stack.llm, embedded, positions, lengths, adapters=False), lengths)
+        ids, positions, lengths = _packed(texts, stack.device)
+        encoded = _encoder(stack.encoder, ids, positions, lengths)
+    student = _pooled(_llm(stack.llm, _linear(encoded, stack.up_proj), positions, lengths), lengths)
+    loss = (student - teacher).square().mean()
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    return Step(float(loss), dict(zip(trained, gradients, strict=True)))

@@ -28,6 +28,7 @@ IdArray = NDArray[np.int64]
 
 MAX_LENGTH = 512
 MIN_LENGTH = 3  # language code, one token, </s>
+MEAN_SENTENCE = 40
 EOS_ID = 2
 FIRST_TEXT_ID = 4  # after <s>, <pad>, </s>, <unk>
 # An NLLB vocabulary ends in its 202 language codes, <mask> and two unused rows.
@@ -67,7 +68,7 @@ def _gamma(rng: np.random.Generator, count: int, mean: float, deviation: float) 
 
 def flores_lengths(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
     """Sentence lengths like FLORES-200's."""
-    return _gamma(rng, count, mean=40, deviation=15)
+    return _gamma(rng, count, mean=MEAN_SENTENCE, deviation=15)
 
 
 def belebele_lengths(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
@@ -120,18 +121,31 @@ def make_workload(name: str, count: int, vocab_size: int, seed: int) -> Workload
         raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {name!r}")
     if count < 1:
         raise ValueError(f"a workload needs at least one text, got {count}")
-    codes_end = vocab_size - LANGUAGE_CODES_END
-    codes_start = codes_end - LANGUAGE_CODES
-    if codes_start <= FIRST_TEXT_ID:
-        raise ValueError(f"vocab_size must leave room for {LANGUAGE_CODES} language codes, got {vocab_size}")
     rng = np.random.default_rng(seed)
-    texts = []
-    for length in sample_lengths(name, count, rng):
-        ids = rng.integers(FIRST_TEXT_ID, codes_start, size=length, dtype=np.int64)
-        ids[0] = rng.integers(codes_start, codes_end)
-        ids[-1] = EOS_ID
-        texts.append(ids)
+    codes_start = _codes_start(vocab_size)
+    texts = (_random_text(int(length), codes_start, rng) for length in sample_lengths(name, count, rng))
     return Workload(name, tuple(texts))
+
+
+def one_text(length: int, vocab_size: int, seed: int) -> Workload:
+    """A workload of one random text of ``length`` tokens, at least ``MIN_LENGTH``."""
+    text = _random_text(length, _codes_start(vocab_size), np.random.default_rng(seed))
+    return Workload("one text", (text,))
+
+
+def _codes_start(vocab_size: int) -> int:
+    start = vocab_size - LANGUAGE_CODES_END - LANGUAGE_CODES
+    if start <= FIRST_TEXT_ID:
+        raise ValueError(f"vocab_size must leave room for {LANGUAGE_CODES} language codes, got {vocab_size}")
+    return start
+
+
+def _random_text(length: int, codes_start: int, rng: np.random.Generator) -> IdArray:
+    """``[language code] tokens </s>``."""
+    ids = rng.integers(FIRST_TEXT_ID, codes_start, size=length, dtype=np.int64)
+    ids[0] = rng.integers(codes_start, codes_start + LANGUAGE_CODES)
+    ids[-1] = EOS_ID
+    return ids
 
 
 def flat(texts: Sequence[IdArray]) -> tuple[IdArray, NDArray[np.int32]]:
