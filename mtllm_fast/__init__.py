@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.embed_tokens import embed_tokens as embed_tokens
     from mtllm_fast.ops.layer_norm import layer_norm as layer_norm
     from mtllm_fast.ops.norm_pool import norm_pool as norm_pool
+    from mtllm_fast.ops.quantize_rows import quantize_rows as quantize_rows
     from mtllm_fast.ops.rms_norm import rms_norm as rms_norm
     from mtllm_fast.ops.rope import rope as rope
     from mtllm_fast.ops.rope import rope_qkv as rope_qkv
-    from mtllm_fast.ops.quantize_rows import quantize_rows as quantize_rows
     from mtllm_fast.ops.stack_projection import stack_projection as stack_projection
     from mtllm_fast.ops.swiglu import swiglu as swiglu
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss

@@ -114,7 +114,7 @@ def our_loss(train: TrainStack, checkpointing: bool) -> Loss:
 
     def loss(texts: Sequence[IdArray]) -> Tensor:
         _checkpoint(joint, checkpointing)
-        batch = {}
+        batch: dict[str, Any] = {}
         for side, ids in (("", train.llm_texts(texts)), ("encoder_", texts)):
             packed, cu_seqlens = flat(ids)
             batch[f"{side}input_ids"] = upload(torch.from_numpy(packed), device)
