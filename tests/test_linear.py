@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mtllm_fast.core import onednn
 from mtllm_fast.models import linear as linear_module
-from mtllm_fast.models.layers import rms_norm
 from mtllm_fast.models.linear import linear
+from mtllm_fast.models.norms import norm as apply_norm
 from mtllm_fast.testing.tolerance import assert_as_accurate
 
 EPILOGUES = {
@@ -137,4 +137,4 @@ def test_rms_norm_on_the_cpu(dtype):
     norm.weight.uniform_(0.5, 2)
     x = torch.randn(33, 4, 96).mul_(torch.logspace(-4, 3, 33)[:, None, None]).to(dtype)
     truth = F.rms_norm(x.double(), (96,), norm.weight.double(), norm.variance_epsilon)
-    assert_as_accurate({"y": rms_norm(norm, x)}, {"y": norm(x)}, {"y": truth})
+    assert_as_accurate({"y": apply_norm(norm, x)}, {"y": norm(x)}, {"y": truth})

@@ -22,7 +22,8 @@ from mtllm_fast.cli import evaluate
 from mtllm_fast.cli.app import main
 from mtllm_fast.core import int8
 from mtllm_fast.models import precision as precision_module
-from mtllm_fast.models.linear import TWIN, linear
+from mtllm_fast.models.linear import linear
+from mtllm_fast.models.plain import TWIN
 from mtllm_fast.models.precision import EmulatedFp8Twin, Fp8Twin, Int8Twin
 from mtllm_fast.testing.tolerance import relative_error
 from mtllm_fast.tiny import article_1

@@ -14,7 +14,7 @@ from mtllm_fast.testing.poison import poisoned_memory
 from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate
 
 EPS = 1e-5
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -83,7 +83,7 @@ Status rope(int level, const Heads& x, Address cos, Address sin, std::int64_t ta
             std::int64_t out_token_stride, int threads) {
   const Kernels* kernels = kernels_of(level);
   if (!kernels) return kUnsupportedArgument;
-  kernels->rope(x, pointer<void>(cos), pointer<void>(sin), table_stride, sign, pointer<void>(out), out_token_stride,
+  kernels->rope(x, pointer<float>(cos), pointer<float>(sin), table_stride, sign, pointer<void>(out), out_token_stride,
                 threads);
   return 0;
 }

@@ -86,8 +86,8 @@ struct Kernels {
   // [ceil(rows / kPieceTokens), width], to be summed over the pieces, or null.
   void (*rms_norm_backward)(const Heads& grad_normed, const Heads* grad_summed, const Heads& x, const float* weight,
                             const float* rstd, void* grad, float* grad_weight, int threads);
-  // out, its heads adjacent, = x rotated by sign * the angles of the tables [tokens, >= width / 2] of the states' dtype.
-  void (*rope)(const Heads& x, const void* cos, const void* sin, std::int64_t table_stride, float sign, void* out,
+  // out, its heads adjacent, = x rotated by sign * the angles of the tables [tokens, >= width / 2].
+  void (*rope)(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
                std::int64_t out_token_stride, int threads);
 };
 

@@ -38,7 +38,7 @@ float add_rows(const T* x, const T* residual, T* summed, std::int64_t width) {
 }
 
 template <typename T>
-void rotate(const T* x, const T* cos, const T* sin, float sign, std::int64_t half, T* out) {
+void rotate(const T* x, const float* cos, const float* sin, float sign, std::int64_t half, T* out) {
   columns(half, [&](std::int64_t j, auto part, int) {
     const Vec low = load(x + j, part), high = load(x + half + j, part);
     const Vec c = load(cos + j, part), s = load(sin + j, part) * sign;
@@ -104,18 +104,16 @@ void rms_norm_backward(const Heads& grad_normed, const Heads* grad_summed, const
   });
 }
 
-void rope(const Heads& x, const void* cos, const void* sin, std::int64_t table_stride, float sign, void* out,
+void rope(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
           std::int64_t out_token_stride, int threads) {
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const std::int64_t block = rows_per_block(x.heads * x.width);
     parallel_rows(x.tokens, block, threads, [&](std::int64_t start, std::int64_t stop, int) {
       for (std::int64_t t = start; t < stop; t++) {
-        const T* c = static_cast<const T*>(cos) + t * table_stride;
-        const T* s = static_cast<const T*>(sin) + t * table_stride;
         T* to = static_cast<T*>(out) + t * out_token_stride;
         for (std::int64_t h = 0; h < x.heads; h++)
-          rotate(row_of<T>(x, t, h), c, s, sign, x.width / 2, to + h * x.width);
+          rotate(row_of<T>(x, t, h), cos + t * table_stride, sin + t * table_stride, sign, x.width / 2, to + h * x.width);
       }
     });
   });

@@ -16,7 +16,7 @@ void rms_norm(const Heads& x, const Heads* residual, const float* weight, float 
               int threads);
 void rms_norm_backward(const Heads& grad_normed, const Heads* grad_summed, const Heads& x, const float* weight,
                        const float* rstd, void* grad, float* grad_weight, int threads);
-void rope(const Heads& x, const void* cos, const void* sin, std::int64_t table_stride, float sign, void* out,
+void rope(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
           std::int64_t out_token_stride, int threads);
 
 }  // namespace mtllm::cpu::MTLLM_LEVEL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def levels() -> tuple[str, ...]:
     """The levels that this build has and this processor runs, best last."""
     return tuple(name for number, name in enumerate(LEVELS) if extension().runs(number))
+
+
+def heads(states: Tensor) -> Any:
+    """``mtllm::cpu::Heads`` of ``[T, H, D]`` with adjacent columns; the caller keeps the tensor alive."""
+    dtype = native.DTYPES[states.dtype]
+    return extension().heads(dtype, states.data_ptr(), *states.stride()[:2], *states.shape)
 
 
 @functools.cache

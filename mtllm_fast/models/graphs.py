@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from mtllm_fast.core.dispatch import watched
 from mtllm_fast.models import fusing
 from mtllm_fast.models.inputs import PackedInputs
-from mtllm_fast.models.layers import is_rms_norm
-from mtllm_fast.models.linear import is_hooked
+from mtllm_fast.models.plain import is_hooked, is_rms_norm
 from mtllm_fast.models.towers import ATTENTION_BACKENDS, reserve_positions
 from mtllm_fast.packing import PackedLayout, position_ids_from_cu_seqlens
 

@@ -8,21 +8,23 @@ an existing tower in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100EncoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from mtllm_fast.core.dispatch import needs_grad, watched
-from mtllm_fast.models.linear import is_hooked, linear
-from mtllm_fast.ops.stack_projection.reference import apply_rope
+from mtllm_fast.models.linear import accumulate, accumulates, gated, linear, onednn_serves, project
+from mtllm_fast.models.lora import idle_base
+from mtllm_fast.models.norms import add_norm, norm
+from mtllm_fast.ops.rope import rope
 from mtllm_fast.ops.varlen_attention import varlen_attention
 
 
@@ -60,9 +62,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: nn.Module, dropout_p: fl
     return out.flatten(1)
 
 
-def _heads(projection: nn.Module, normed: Tensor, head_dim: int) -> Tensor:
-    """``[T, D] -> [T, heads, hd]``."""
-    return linear(projection, normed).unflatten(-1, (-1, head_dim))
+def _heads(modules: Sequence[nn.Module], normed: Tensor, head_dim: int) -> list[Tensor]:
+    """q, k and v: ``[T, D] -> [T, heads, hd]`` each."""
+    return [y.unflatten(-1, (-1, head_dim)) for y in project(modules, normed)]
+
+
+def _add_then_norm(
+    projection: nn.Module, x: Tensor, residual: Tensor, following: nn.Module, sum_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(following(s), s + sum_bias)`` with ``s = residual + projection(x)``; the sum is a tensor of its own."""
+    projection = idle_base(projection)
+    if onednn_serves(projection, x) and sum_bias is None:
+        summed = linear(projection, x, plus=residual)
+        return norm(following, summed), summed
+    return add_norm(following, linear(projection, x), residual, sum_bias)
 
 
 class PackedM2M100EncoderLayer(M2M100EncoderLayer):
@@ -78,49 +91,30 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
         if packed is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         attn = self.self_attn
-        normed = self.self_attn_layer_norm(hidden_states)
-        q, k, v = (_heads(p, normed, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        normed = norm(self.self_attn_layer_norm, hidden_states)
+        q, k, v = _heads((attn.q_proj, attn.k_proj, attn.v_proj), normed, attn.head_dim)
         attended = _attend(q, k, v, attn, attn.dropout, packed)
-        hidden_states = self._add(hidden_states, attn.out_proj, attended)
-
-        inner = linear(self.fc1, self.final_layer_norm(hidden_states), activation=self.activation_fn)
-        inner = F.dropout(inner, self.activation_dropout, self.training)
-        hidden_states = self._add(hidden_states, self.fc2, inner)
+        if self.training and (self.dropout > 0 or self.activation_dropout > 0):
+            hidden_states = self._with_dropout(hidden_states, attended)
+        else:
+            hidden_states = self._fused(hidden_states, attended)
         if hidden_states.dtype == torch.float16:  # as the original: residuals of NLLB overflow fp16
             limit = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states
 
-    def _add(self, residual: Tensor, projection: nn.Module, x: Tensor) -> Tensor:
-        """``residual + dropout(projection(x))``."""
-        if self.training and self.dropout > 0:
-            return residual + F.dropout(projection(x), self.dropout)
-        return linear(projection, x, plus=residual)
+    def _fused(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention. fc2's product goes onto the sum in place where it can, its bias ahead of it."""
+        in_place = accumulates(self.fc2, attended)
+        bias = self.fc2.bias if in_place else None
+        normed, summed = _add_then_norm(self.self_attn.out_proj, attended, residual, self.final_layer_norm, bias)
+        inner = linear(self.fc1, normed, activation=self.activation_fn)
+        return accumulate(self.fc2, inner, summed) if in_place else linear(self.fc2, inner, plus=summed)
 
-
-_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
-
-
-def is_rms_norm(module: nn.Module) -> bool:
-    """Whether the module is a family's own RMSNorm that nothing has wrapped, replaced or hooked into."""
-    return type(module) in _RMS_NORMS and not is_hooked(module)
-
-
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight``; what is no plain RMSNorm is called as it is."""
-    if not is_rms_norm(norm):
-        return norm(x)
-    if x.device.type == "cpu" and not (watched(x, norm.weight) or needs_grad(x, norm.weight)):
-        return _rms_norm_on_cpu(x, norm.weight, norm.variance_epsilon)
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def _rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``F.rms_norm`` in half of the passes over memory that PyTorch's CPU kernels make of it."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    rstd = torch.rsqrt(norm.square_() / x.shape[-1] + eps)
-    return (x * weight).mul_(rstd) if x.dtype == dtype else (x.to(dtype) * rstd).mul_(weight).to(x.dtype)
+    def _with_dropout(self, residual: Tensor, attended: Tensor) -> Tensor:
+        residual = residual + F.dropout(self.self_attn.out_proj(attended), self.dropout)
+        inner = linear(self.fc1, norm(self.final_layer_norm, residual), activation=self.activation_fn)
+        return residual + F.dropout(self.fc2(F.dropout(inner, self.activation_dropout)), self.dropout)
 
 
 class _PackedDecoderLayer:
@@ -130,11 +124,13 @@ class _PackedDecoderLayer:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         attended = self._attention(hidden_states, packed)
-        hidden_states = linear(self.self_attn.o_proj, attended, plus=hidden_states)
+        following = self.post_attention_layernorm
+        normed, summed = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following)
         mlp = self.mlp
-        normed = rms_norm(self.post_attention_layernorm, hidden_states)
-        gated = linear(mlp.up_proj, normed, times=linear(mlp.gate_proj, normed, activation=mlp.act_fn))
-        return linear(mlp.down_proj, gated, plus=hidden_states)
+        inner = gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed)
+        if accumulates(mlp.down_proj, inner) and mlp.down_proj.bias is None:
+            return accumulate(mlp.down_proj, inner, summed)
+        return linear(mlp.down_proj, inner, plus=summed)
 
     def _attention(self, hidden_states: Tensor, packed: PackedContext) -> Tensor:
         """What ``o_proj`` projects, ``[T, H * hd]``."""
@@ -145,11 +141,11 @@ class _PackedDecoderLayer:
 
     def _qkv(self, hidden_states: Tensor, packed: PackedContext) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.self_attn
-        normed = rms_norm(self.input_layernorm, hidden_states)
-        q, k, v = (_heads(p, normed, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        normed = norm(self.input_layernorm, hidden_states)
+        q, k, v = _heads((attn.q_proj, attn.k_proj, attn.v_proj), normed, attn.head_dim)
         if hasattr(attn, "q_norm"):
-            q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
-        return apply_rope(q, packed.cos, packed.sin), apply_rope(k, packed.cos, packed.sin), v
+            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
+        return *rope(q, k, packed.cos, packed.sin), v
 
 
 def _check_window(attn: nn.Module, max_seqlen: int) -> None:

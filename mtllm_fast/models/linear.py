@@ -1,19 +1,27 @@
-"""A Linear and what follows it.
+"""Linears and what follows them, in the fewest passes and launches that the device has.
 
-On a CPU without gradients oneDNN computes both in one pass (``core/onednn.py``). Everywhere else, and for any module
-that is not a plain ``nn.Linear`` (PEFT's, a quantised one, one with hooks), the module is called and the rest follows.
-A module with a twin in 8 bits (``precision.py``) is not called: the twin is.
+On a CPU without gradients oneDNN computes a product and what follows in one pass (``core/onednn.py``). Elsewhere
+projections of the same input are one product where their weights lie merged (``merging.py``). Any module that is not a
+plain ``nn.Linear`` (PEFT's, a quantised one, one with hooks) is called and the rest follows. A module with a twin in 8
+bits (``precision.py``) is not called: the twin is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from mtllm_fast.core import onednn
 from mtllm_fast.core.dispatch import needs_grad, watched
-
-TWIN = "_twin"  # in the ``__dict__`` of an nn.Linear: what multiplies in its stead while nothing needs a gradient
+from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
+from mtllm_fast.models.merging import merged
+from mtllm_fast.models.plain import TWIN, is_linear
+from mtllm_fast.ops.bias_relu import bias_relu
+from mtllm_fast.ops.swiglu import swiglu
 
 # Names that oneDNN gives to what may follow a product.
 _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
@@ -21,12 +29,6 @@ _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
     nn.SiLU: "swish",
     SiLUActivation: "swish",
 }
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "_hf_hook" in module.__dict__
 
 
 def linear(
@@ -39,19 +41,22 @@ def linear(
 ) -> Tensor:
     """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``."""
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
+    module = idle_base(module)
     kind = None if activation is None else type(activation)
+    if onednn_serves(module, x):
+        if kind is nn.ReLU:
+            return onednn.linear(x, module.weight, module.bias).relu_()  # oneDNN's own makes 0 of NaN
+        if kind in _ONEDNN_ACTIVATIONS:
+            name = _ONEDNN_ACTIVATIONS[kind]
+            return onednn.linear(x, module.weight, module.bias, activation=name, times=times, plus=plus)
     twin = module.__dict__.get(TWIN)
     if twin is not None and not needs_grad(x, module.weight):
-        return _followed(twin(x), activation, times, plus)
-    if kind is nn.ReLU and _onednn_serves(module, x):
-        return onednn.linear(x, module.weight, module.bias).relu_()  # oneDNN's own makes 0 of NaN
-    if kind in _ONEDNN_ACTIVATIONS and _onednn_serves(module, x):
-        name = _ONEDNN_ACTIVATIONS[kind]
-        return onednn.linear(x, module.weight, module.bias, activation=name, times=times, plus=plus)
-    return _followed(module(x), activation, times, plus)
-
-
-def _followed(y: Tensor, activation: nn.Module | None, times: Tensor | None, plus: Tensor | None) -> Tensor:
+        y = twin(x)
+    elif kind is nn.ReLU and not x.is_cpu and is_linear(module):
+        return bias_relu(F.linear(x, module.weight), module.bias)
+    else:
+        group = lora_group((module,), x) if is_lora(module) else None
+        y = module(x) if group is None else group[0]
     if activation is not None:
         return activation(y)
     if times is not None:
@@ -59,8 +64,51 @@ def _followed(y: Tensor, activation: nn.Module | None, times: Tensor | None, plu
     return y if plus is None else y + plus
 
 
-def _onednn_serves(module: nn.Module, x: Tensor) -> bool:
-    if x.device.type != "cpu" or type(module) is not nn.Linear or is_hooked(module):
+def project(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """``module(x)`` of each, ``[T, N_i]``: views of one product where the modules lie merged."""
+    modules = [idle_base(module) for module in modules]
+    if any(map(is_lora, modules)):
+        return _adapted(modules, x) or [linear(module, x) for module in modules]
+    whole = merged(modules)
+    if whole is None:
+        return [linear(module, x) for module in modules]
+    if onednn_serves(modules[0], x):
+        product = onednn.linear(x, whole.weight, whole.bias)
+    else:
+        product = F.linear(x, whole.weight, whole.bias)
+    return product.split(whole.sizes, -1)
+
+
+def _adapted(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
+    """By one op for the whole group, on one merged base where there is one."""
+    whole = merged([base_linear(module) for module in modules])
+    return lora_group(tuple(modules), x, None if whole is None else whole.weight)
+
+
+def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(gate(x)) * up(x)``, ``[T, F]``."""
+    gate, up = idle_base(gate), idle_base(up)
+    if type(activation) not in (nn.SiLU, SiLUActivation) or onednn_serves(up, x):
+        return linear(up, x, times=linear(gate, x, activation=activation))
+    whole = merged((gate, up))
+    return swiglu(*project((gate, up), x)) if whole is None else swiglu(F.linear(x, whole.weight, whole.bias))
+
+
+def accumulates(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``accumulate`` serves: a product that the device adds onto what is there, without a pass of its own."""
+    if x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters())
+
+
+def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
+    """``onto + x Wᵀ``, written over ``onto``; the module's bias is left to the caller. Ask ``accumulates`` first."""
+    return onto.addmm_(x, module.weight.t())
+
+
+def onednn_serves(module: nn.Module, x: Tensor) -> bool:
+    """Whether oneDNN computes ``module(x)`` and what follows it in one pass."""
+    if not x.is_cpu or not is_linear(module):
         return False
     weights = (module.weight,) if module.bias is None else (module.weight, module.bias)
     return not (watched(x, *weights) or needs_grad(x, *weights)) and onednn.serves(x, *weights)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtllm_fast.models.linear import is_hooked
+from mtllm_fast.models.plain import is_hooked
 from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear
 
 
@@ -24,6 +24,13 @@ def is_lora(module: nn.Module) -> bool:
 
 def base_linear(module: Any) -> nn.Linear:
     return module.base_layer if is_lora(module) else module
+
+
+def idle_base(module: Any) -> Any:
+    """The Linear under a LoRA module whose adapters add nothing now; any other module as it is."""
+    if not is_lora(module) or module.merged or is_hooked(module):
+        return module
+    return module.base_layer if module.disable_adapters or not active_adapters(module) else module
 
 
 def why_not_simple_lora(module: Any) -> str | None:

@@ -19,7 +19,8 @@ from mtllm_fast.models import encoding, fusing, loading
 from mtllm_fast.models.attention import DEFAULT_ATTENTION, use_default_attention
 from mtllm_fast.models.graphs import GraphCache
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
-from mtllm_fast.models.layers import PACKED_LAYER_NAMES, is_rms_norm, to_packed_layers
+from mtllm_fast.models.layers import PACKED_LAYER_NAMES, to_packed_layers
+from mtllm_fast.models.plain import is_rms_norm
 from mtllm_fast.models.stack import enter
 from mtllm_fast.models.towers import (
     ATTENTION_BACKENDS,

@@ -19,7 +19,7 @@ from mtllm_fast.core import int8
 from mtllm_fast.core.checks import check_choice
 from mtllm_fast.core.devices import compute_capability
 from mtllm_fast.models.freshness import checksum
-from mtllm_fast.models.linear import TWIN, is_hooked
+from mtllm_fast.models.plain import TWIN, is_hooked
 from mtllm_fast.ops.quantize_rows import quantize_rows
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mtllm_fast.core.dispatch import needs_grad
-from mtllm_fast.models.layers import is_rms_norm
-from mtllm_fast.models.linear import is_hooked
 from mtllm_fast.models.lora import base_linear, is_lora, why_not_simple_lora
+from mtllm_fast.models.plain import is_hooked, is_rms_norm
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import break_even_tokens, building_cost, splits

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding
 
-from mtllm_fast.models.layers import PackedContext, rms_norm
+from mtllm_fast.models.layers import PackedContext
+from mtllm_fast.models.norms import norm
+from mtllm_fast.models.plain import is_hooked
+from mtllm_fast.ops.embed_tokens import embed_tokens
 from mtllm_fast.packing import PackedLayout, right_padded
 
 # attn_implementation -> backend of the varlen_attention op. The first is the default.
@@ -35,8 +39,7 @@ def run_encoder(
     collect: list[Tensor] | None = None,
 ) -> Tensor:
     """``M2M100Encoder`` on packed tokens: ids int64 [T] -> [T, d]. ``collect`` receives the state after each layer."""
-    hidden = encoder.embed_tokens(input_ids_T)
-    hidden = hidden + _sinusoid(encoder, layout).to(hidden)
+    hidden = _embed(encoder, input_ids_T, layout)
     hidden = F.dropout(hidden, encoder.dropout, encoder.training)
     packed = _context(encoder, layout)
     for layer in encoder.layers:
@@ -50,11 +53,18 @@ def run_encoder(
     return encoder.layer_norm(hidden)
 
 
-def _sinusoid(encoder: PreTrainedModel, layout: PackedLayout) -> Tensor:
-    """Rows of the fairseq table: position 0 is row ``padding_idx + 1``. The table grows for longer texts."""
+def _embed(encoder: PreTrainedModel, input_ids_T: Tensor, layout: PackedLayout) -> Tensor:
+    """Scaled embeddings and fairseq's sinusoids, whose row ``padding_idx + 1`` is position 0; they grow with texts."""
     reserve_positions(encoder, layout.max_seqlen)
-    positions = encoder.embed_positions
-    return positions.weights.index_select(0, layout.position_ids + positions.padding_idx + 1)
+    tokens, positions = encoder.embed_tokens, encoder.embed_positions
+    offset = positions.padding_idx + 1
+    if type(tokens) is M2M100ScaledWordEmbedding and type(tokens.weight) is nn.Parameter and not is_hooked(tokens):
+        return embed_tokens(
+            input_ids_T, tokens.weight, layout.position_ids, positions.weights, scale=tokens.embed_scale, offset=offset,
+            padding_idx=tokens.padding_idx,
+        )  # fmt: skip
+    hidden = tokens(input_ids_T)
+    return hidden + positions.weights.index_select(0, layout.position_ids + offset).to(hidden)
 
 
 def reserve_positions(encoder: PreTrainedModel, length: int) -> None:
@@ -92,7 +102,7 @@ def run_llm(
 
 def final_norm(llm: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
     """The last RMSNorm of a packed family."""
-    return rms_norm(llm.norm, hidden_TD)
+    return norm(llm.norm, hidden_TD)
 
 
 def rope_tables(llm: PreTrainedModel, like_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:

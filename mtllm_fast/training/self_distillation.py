@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from mtllm_fast.models import MTLLM
 from mtllm_fast.models.inputs import packed_layout, prepare_inputs
-from mtllm_fast.models.layers import is_rms_norm
+from mtllm_fast.models.plain import is_rms_norm
 from mtllm_fast.models.towers import evaluating, run_llm, run_other_llm
 from mtllm_fast.ops.distillation_loss import distillation_loss
 from mtllm_fast.packing import PackedLayout, packing_from_mask

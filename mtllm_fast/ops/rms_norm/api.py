@@ -47,7 +47,7 @@ def rms_norm(
         weight: ``[D]``, the gain, of any of these dtypes.
         eps: added to the mean square.
         residual: of the shape, dtype and device of ``hidden_states``, or None.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
         The normed states, contiguous, in the dtype of ``hidden_states``; with a residual, ``(normed, summed)``.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtllm_fast.core import native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -27,6 +28,7 @@ BACKENDS = Backends(
     "rms_norm",
     {
         "triton": lambda hidden_states: why_not_triton(hidden_states) or why_not_kernels(hidden_states),
+        "cpu": native_cpu.why_not_cpu,
         "reference": lambda hidden_states: None,
     },
 )

@@ -30,7 +30,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto
             strided. hd is even.
         cos, sin: ``[T, hd]`` whose two halves are equal (the first is read), of the dtype of q or float32. They get no
             gradient.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
         ``(q, k)`` rotated, contiguous.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtllm_fast.core import native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -30,6 +31,7 @@ BACKENDS = Backends(
     "rope",
     {
         "triton": lambda q: why_not_triton(q) or why_not_kernels(q),
+        "cpu": native_cpu.why_not_cpu,
         "reference": lambda q: None,
     },
 )

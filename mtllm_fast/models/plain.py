@@ -1,0 +1,41 @@
+"""Which modules may be read as their parameters instead of called: the families' own, that nothing has changed."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+TWIN = "_twin"  # in the ``__dict__`` of an nn.Linear: what multiplies in its stead while nothing needs a gradient
+
+_RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "_hf_hook" in module.__dict__
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits."""
+    if type(module) is not nn.Linear or TWIN in module.__dict__ or is_hooked(module):
+        return False
+    return type(module._parameters["weight"]) is nn.Parameter
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """A family's own RMSNorm."""
+    return type(module) in _RMS_NORMS and not is_hooked(module)
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """torch's own LayerNorm over one axis, with gain and bias."""
+    return (
+        type(module) is nn.LayerNorm
+        and len(module.normalized_shape) == 1
+        and module.bias is not None
+        and not is_hooked(module)
+    )
