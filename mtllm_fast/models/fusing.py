@@ -22,6 +22,7 @@ from mtllm_fast.core.dispatch import needs_grad
 from mtllm_fast.core.errors import TokenizerNotFoundError
 from mtllm_fast.models import precision as eight_bits
 from mtllm_fast.models.freshness import checksum
+from mtllm_fast.models.merging import merge_projections
 from mtllm_fast.models.stack import compute_dtype, differentiates, stack_weights, why_not_fusable
 from mtllm_fast.models.towers import evaluating, rope_tables, run_encoder
 from mtllm_fast.ops.stack_projection import Composite, StackWeights, stack_projection
@@ -96,6 +97,10 @@ def fuse(model: MTLLM, precision: str | None = None) -> Fused:
     if reason := eight_bits.why_not(model, precision):
         raise ValueError(f"precision {precision!r} cannot be used: {reason}")
     device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
+    if device.type != "cpu":  # there oneDNN's products have epilogues of their own, and weights stay mapped to a file
+        merge_projections(model.nllb_encoder)
+        if precision is None:  # else every weight is replaced by its twin
+            merge_projections(model.llm2vec)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         weights = stack_weights(model).map(lambda tensor: tensor.to(device))
         composite, form, errors = _build(model, weights)

@@ -265,9 +265,10 @@ class MTLLM(MTLLMPreTrainedModel):
         The composite is rebuilt by itself when a weight that it was made from has changed, and dropped when the model
         is trained, cast, moved, loaded into, or asked for gradients or another precision (autocast). Exact in float32.
         In half precision it is compared with float64 on states of the encoder as it is now; a form that errs more than
-        the modules do gives way to the next safer one. On a GPU the replaced q, k and v of the first layer go to the
-        host (they stay parameters and are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU are
-        seen by ``encode``, not by a bare forward; a compiled graph checks nothing: fuse again after editing weights.
+        the modules do gives way to the next safer one. On a GPU q, k and v, gate and up of the other layers are laid
+        side by side in memory, so that one product computes them, and the replaced q, k and v of the first layer go to
+        the host (they stay parameters and are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU
+        are seen by ``encode``, not by a bare forward; a compiled graph checks nothing: fuse again after such edits.
 
         With a ``precision`` the LLM's other linear layers multiply in 8 bits, weights scaled per output channel and
         activations per token; the encoder, the up-projection, norms, attention and pooling keep the model's dtype.
