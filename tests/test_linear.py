@@ -71,17 +71,17 @@ def test_a_cpu_without_the_instructions_multiplies_in_float32(monkeypatch, dtype
 def onednn_calls(monkeypatch):
     """How often oneDNN was found able to serve."""
     calls = []
-    serves = linear_module._onednn_serves
+    serves = linear_module.onednn_serves
 
     def counted(module, x):
         calls.append(serves(module, x))
         return calls[-1]
 
-    monkeypatch.setattr(linear_module, "_onednn_serves", counted)
+    monkeypatch.setattr(linear_module, "onednn_serves", counted)
     return calls
 
 
-def test_onednn_serves_inference_only(onednn_calls):
+def testonednn_serves_inference_only(onednn_calls):
     module, x, _ = case(torch.float32, True)
     with torch.no_grad():
         linear(module, x)

@@ -257,7 +257,11 @@ COS = torch.ones(5, 8)
         ({"sin": COS.double()}, TypeError, "sin must be float32 or float32, got float64"),
         ({"q": Q.half(), "k": K.half(), "sin": COS.half()}, TypeError, "cos and sin must have one dtype"),
         ({"sin": COS.to("meta")}, ValueError, "sin must be on cpu like q, got meta"),
-        ({"backend": "cutlass"}, UnsupportedBackendError, "no backend 'cutlass'; there are auto, triton, reference"),
+        (
+            {"backend": "cutlass"},
+            UnsupportedBackendError,
+            "'cutlass'; there are auto, triton, cpu, reference",
+        ),
     ],
 )
 def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
@@ -283,4 +287,4 @@ def test_kernels_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UnsupportedBackendError, match="TRITON_INTERPRET=1 is not set"):
         rope(Q, K, COS, COS, backend="triton")
-    assert explain("rope", Q, K, COS, COS).chosen == "reference"
+    assert explain("rope", Q.double(), K.double(), COS, COS).chosen == "reference"

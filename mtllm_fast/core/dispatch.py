@@ -44,3 +44,11 @@ def needs_registered_op(*tensors: Tensor) -> bool:
 def savable(tensor: Tensor) -> Tensor:
     """``tensor``, or a copy of it if it was made in inference mode: autograd refuses to save such a tensor."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What products of ``tensor`` are cast to, or None where autocast is off (it knows no tensors without data)."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
 from mtllm_fast.core import onednn
-from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.dispatch import autocast_dtype, needs_grad, watched
 from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
 from mtllm_fast.models.merging import merged
 from mtllm_fast.models.plain import TWIN, is_linear
@@ -96,7 +96,7 @@ def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor) -> T
 
 def accumulates(module: nn.Module, x: Tensor) -> bool:
     """Whether ``accumulate`` serves: a product that the device adds onto what is there, without a pass of its own."""
-    if x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if x.is_cpu or torch.compiler.is_compiling() or autocast_dtype(x) is not None:
         return False
     return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters())
 

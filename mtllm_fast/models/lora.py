@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mtllm_fast.core.dispatch import autocast_dtype
 from mtllm_fast.models.plain import is_hooked
 from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear
 
@@ -110,8 +111,7 @@ def _read_group(modules: Sequence[nn.Module], x: Tensor) -> list[_Projection] | 
         return "the adapters differ in their dropout"
     if any(adapter.a.dtype != adapter_dtype or adapter.b.dtype != adapter_dtype for adapter, _, _ in adapted):
         return "the adapters differ in their dtype"
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     if torch.is_grad_enabled() and any(p.weight.requires_grad or _trained(p.bias) for p in group):
         return "a base is trained"
     if any(projection.weight.dtype != dtype for projection in group):

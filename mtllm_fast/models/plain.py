@@ -14,9 +14,10 @@ _RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for the module to be called: a hook, or accelerate, which fetches offloaded weights."""
+    """Whether something waits for the module to be called: a hook, a ``forward`` of its own, or accelerate, which
+    fetches offloaded weights."""
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "_hf_hook" in module.__dict__
+    return bool(hooks) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mtllm_fast.core.dispatch import needs_grad
+from mtllm_fast.core.dispatch import autocast_dtype, needs_grad
 from mtllm_fast.models.lora import base_linear, is_lora, why_not_simple_lora
 from mtllm_fast.models.plain import is_hooked, is_rms_norm
 from mtllm_fast.models.towers import rope_tables
@@ -128,8 +128,7 @@ def differentiates(model: MTLLM, encoded_Td: Tensor) -> bool:
 
 def compute_dtype(states: Tensor) -> torch.dtype:
     """Of the stage's products: autocast's where it is on."""
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    return autocast_dtype(states) or states.dtype
 
 
 def _lora_deltas(modules: tuple[nn.Module, ...], norm: nn.Module, x: Tensor) -> list[Tensor | None] | None:

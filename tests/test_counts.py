@@ -1,0 +1,81 @@
+"""The work of the 8B stack, counted on tensors without data: launches, and the bytes between the products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mtllm_fast.bench import counting, sizes
+from mtllm_fast.core.registered import DECLARED
+from mtllm_fast.models.merging import merge_projections
+from mtllm_fast.ops.stack_projection import Composite
+
+TOKENS, LENGTH = 4096, 512
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+ATTENTION = "mtllm_fast::varlen_attention_cpu"
+
+
+class Counter(counting._Counter):
+    """Launches and bytes by op; the bytes of parameters, which no token adds to, left out."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.by_op: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        launches, moved = self.launches, self.bytes
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        weights = sum(
+            t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.parameters
+        )
+        entry = self.by_op.setdefault(func._schema.name, [0, 0])
+        entry[0] += self.launches - launches
+        entry[1] += self.bytes - moved - weights
+        return out
+
+    def between_products(self) -> int:
+        return sum(moved for name, (_, moved) in self.by_op.items() if name not in (*PRODUCTS, ATTENTION))
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """``encode_packed`` of the 8B stack as it runs after ``fuse()`` on a GPU."""
+    stack = sizes.make_stack("8b", torch.device("meta"), torch.bfloat16, 0)
+    model = stack.model
+    merge_projections(model)
+    columns = sum(getattr(model.llm2vec.layers[0].self_attn, f"{name}_proj").out_features for name in "qkv")
+    weight = torch.empty(columns, model.config.nllb_config.d_model, device="meta", dtype=torch.bfloat16)
+    composite = Composite(weight, torch.empty(columns, device="meta"))
+    model.composite = lambda states: composite  # there are no values that a check could compare
+    ids = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
+    cu_seqlens = torch.zeros(TOKENS // LENGTH + 1, dtype=torch.int32, device="meta")
+    counter = Counter({id(parameter) for parameter in model.parameters()})
+    with torch.no_grad(), counter:
+        model.encode_packed(ids, cu_seqlens, LENGTH)
+    return counter
+
+
+def test_launches_of_encode(counted):
+    """At most 410; the reference makes 1466."""
+    assert counted.launches <= 410, counted.by_op
+    assert counted.by_op["aten::mm"][0] <= 32 * 3 + 12 * 2
+    assert "aten::mul" not in counted.by_op or counted.by_op["aten::mul"][0] <= 4
+
+
+def test_bytes_between_the_products_of_a_layer(counted):
+    """At most 168 KiB per token and layer of the LLM; the reference moves 576."""
+    llm = ("rms_norm", "rope", "swiglu")
+    moved = sum(counted.by_op[f"mtllm_fast::{name}"][1] for name in llm) / TOKENS / 32 / 1024
+    assert 100 < moved <= 168, counted.by_op
+    # What the encoder and the entry add to the whole.
+    assert counted.between_products() / TOKENS / 1024 <= 168 * 32 + 12 * 60
+
+
+def test_every_op_declares_what_its_kernels_do():
+    for op in torch._C._dispatch_get_all_op_names():
+        name, _, overload = op.partition(".")
+        if name.startswith("mtllm_fast::") and not overload and "varlen_attention" not in name:
+            assert name in DECLARED, name
