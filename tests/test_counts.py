@@ -18,7 +18,7 @@ ATTENTION = "mtllm_fast::varlen_attention_cpu"
 
 
 class Counter(counting._Counter):
-    """Launches and bytes by op; the bytes of parameters, which no token adds to, left out."""
+    """Launches and bytes by op, without the parameters that torch's own ops read: no token adds to those."""
 
     def __init__(self, parameters: set[int]) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class Counter(counting._Counter):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         launches, moved = self.launches, self.bytes
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        weights = sum(
-            t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.parameters
-        )
         entry = self.by_op.setdefault(func._schema.name, [0, 0])
         entry[0] += self.launches - launches
-        entry[1] += self.bytes - moved - weights
+        if self.bytes > moved and func._schema.name not in DECLARED:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            moved += sum(tensor.nbytes for tensor in tensors if id(tensor) in self.parameters)
+        entry[1] += self.bytes - moved
         return out
 
     def between_products(self) -> int:
@@ -66,12 +66,17 @@ def test_launches_of_encode(counted):
 
 
 def test_bytes_between_the_products_of_a_layer(counted):
-    """At most 168 KiB per token and layer of the LLM; the reference moves 576."""
-    llm = ("rms_norm", "rope", "swiglu")
-    moved = sum(counted.by_op[f"mtllm_fast::{name}"][1] for name in llm) / TOKENS / 32 / 1024
-    assert 100 < moved <= 168, counted.by_op
-    # What the encoder and the entry add to the whole.
-    assert counted.between_products() / TOKENS / 1024 <= 168 * 32 + 12 * 60
+    """At most 168 KiB per token and layer of the LLM; the reference moves 576.
+
+    Norms 16 and 32, rotation 20, gate 84; and 8 for the residual that the last product of a layer adds onto.
+    """
+    moved = {name: counted.by_op[f"mtllm_fast::{name}"][1] for name in ("rms_norm", "rope", "swiglu")}
+    accumulated = TOKENS * 4096 * 2 * 32
+    assert 150 < (sum(moved.values()) + accumulated) / TOKENS / 32 / 1024 <= 168, moved
+    whole = counted.between_products() / TOKENS / 1024
+    assert whole <= 168 * 32 + 36 * 12, (
+        counted.by_op
+    )  # the encoder's layers: as many as Hugging Face's in one pass each
 
 
 def test_every_op_declares_what_its_kernels_do():
