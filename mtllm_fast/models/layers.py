@@ -21,10 +21,10 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from mtllm_fast.models.linear import accumulate, accumulates, gated, linear, onednn_serves, project
+from mtllm_fast.models.linear import accumulate, accumulates, gated, joint_product, linear, onednn_serves, project
 from mtllm_fast.models.lora import idle_base
 from mtllm_fast.models.norms import add_norm, norm
-from mtllm_fast.ops.rope import rope
+from mtllm_fast.ops.rope import rope, rope_qkv
 from mtllm_fast.ops.varlen_attention import varlen_attention
 
 
@@ -142,10 +142,16 @@ class _PackedDecoderLayer:
     def _qkv(self, hidden_states: Tensor, packed: PackedContext) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.self_attn
         normed = norm(self.input_layernorm, hidden_states)
-        q, k, v = _heads((attn.q_proj, attn.k_proj, attn.v_proj), normed, attn.head_dim)
+        modules = (attn.q_proj, attn.k_proj, attn.v_proj)
         if hasattr(attn, "q_norm"):
-            q, k = norm(attn.q_norm, q), norm(attn.k_norm, k)
-        return *rope(q, k, packed.cos, packed.sin), v
+            q, k, v = _heads(modules, normed, attn.head_dim)
+            return *rope(norm(attn.q_norm, q), norm(attn.k_norm, k), packed.cos, packed.sin), v
+        whole = joint_product(modules, normed)
+        if whole is None:
+            q, k, v = (linear(module, normed).unflatten(-1, (-1, attn.head_dim)) for module in modules)
+            return *rope(q, k, packed.cos, packed.sin), v
+        heads, kv_heads = (attn.config.num_attention_heads, attn.config.num_key_value_heads)
+        return rope_qkv(whole, packed.cos, packed.sin, num_heads=heads, num_kv_heads=kv_heads)
 
 
 def _check_window(attn: nn.Module, max_seqlen: int) -> None:

@@ -64,34 +64,38 @@ def linear(
     return y if plus is None else y + plus
 
 
-def project(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """``module(x)`` of each, ``[T, N_i]``: views of one product where the modules lie merged."""
+def joint_product(modules: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """``module(x)`` of all side by side, ``[T, Σ N_i]``, where one product computes them; else None.
+
+    One product: of weights that lie merged, or of a LoRA group. A consumer that takes it whole gives it a gradient in
+    one piece.
+    """
     modules = [idle_base(module) for module in modules]
-    if any(map(is_lora, modules)):
-        return _adapted(modules, x) or [linear(module, x) for module in modules]
-    whole = merged(modules)
+    adapted = any(map(is_lora, modules))
+    whole = merged([base_linear(module) for module in modules] if adapted else modules)
+    if adapted:
+        group = lora_group(tuple(modules), x, None if whole is None else whole.weight, split=False)
+        return None if group is None else group[0]
+    if whole is None:
+        return None
+    product = onednn.linear if onednn_serves(modules[0], x) else F.linear
+    return product(x, whole.weight, whole.bias)
+
+
+def project(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """``module(x)`` of each, ``[T, N_i]``: views of one product where there is one."""
+    whole = joint_product(modules, x)
     if whole is None:
         return [linear(module, x) for module in modules]
-    if onednn_serves(modules[0], x):
-        product = onednn.linear(x, whole.weight, whole.bias)
-    else:
-        product = F.linear(x, whole.weight, whole.bias)
-    return product.split(whole.sizes, -1)
-
-
-def _adapted(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor] | None:
-    """By one op for the whole group, on one merged base where there is one."""
-    whole = merged([base_linear(module) for module in modules])
-    return lora_group(tuple(modules), x, None if whole is None else whole.weight)
+    return whole.split([base_linear(module).out_features for module in modules], -1)
 
 
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(gate(x)) * up(x)``, ``[T, F]``."""
-    gate, up = idle_base(gate), idle_base(up)
-    if type(activation) not in (nn.SiLU, SiLUActivation) or onednn_serves(up, x):
+    if type(activation) not in (nn.SiLU, SiLUActivation) or onednn_serves(idle_base(up), x):
         return linear(up, x, times=linear(gate, x, activation=activation))
-    whole = merged((gate, up))
-    return swiglu(*project((gate, up), x)) if whole is None else swiglu(F.linear(x, whole.weight, whole.bias))
+    whole = joint_product((gate, up), x)
+    return swiglu(linear(gate, x), linear(up, x)) if whole is None else swiglu(whole)
 
 
 def accumulates(module: nn.Module, x: Tensor) -> bool:

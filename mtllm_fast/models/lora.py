@@ -53,6 +53,7 @@ def lora_group(
     x: Tensor,
     merged_weight: Tensor | None = None,
     source: RmsNormed | Gated | None = None,
+    split: bool = True,
 ) -> tuple[Tensor, ...] | None:
     """What each module makes of x ``[T, K]``, by one ``lora_linear`` with the modules' live parameters.
 
@@ -60,6 +61,7 @@ def lora_group(
         modules: projections of x, at least one with an active LoRA; the others may be plain ``nn.Linear``.
         merged_weight: the base weights below one another, if somebody keeps them so: ``[Σ N, K]``.
         source: what x was computed from, to be kept for the backward in its place; see ``lora_linear``.
+        split: False for one matrix ``[T, Σ N]``.
 
     Returns:
         ``[T, N]`` for each, or None where the modules must be called: ``why_not_lora_group`` says why.
@@ -78,6 +80,7 @@ def lora_group(
         bias=_merged_bias(group),
         dropout=next(projection.dropout for projection in group if projection.adapter is not None),
         source=source,
+        split=split,
     )
 
 

@@ -29,6 +29,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     source: RmsNormed | Gated | None = None,
+    split: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Frozen projections of one x with low-rank branches: ``y_g = x W_gᵀ + bias_g + s_g D_g(x) A_gᵀ B_gᵀ``.
@@ -56,11 +57,12 @@ def lora_linear(
             so that ``torch.manual_seed`` and checkpointing rule it. (A CUDA graph repeats the masks of its capture.)
         source: what x was computed from, ``RmsNormed(states, rstd, weight)`` or ``Gated(gate, up)``: kept instead of x,
             which is computed again in the backward. Only saves memory; gradients reach these through x.
+        split: False: return the one matrix ``[T, Σ N_g]``, whose gradient then need not be put together.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
         For each projection ``[T, N_g]`` in the dtype of x: columns of one matrix, so rows are strided, and under
-        autograd they cannot be changed in place.
+        autograd they cannot be changed in place. Without ``split`` a tuple of that matrix alone.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or value is wrong; a weight or bias wants a gradient.
@@ -72,12 +74,13 @@ def lora_linear(
     (tensor([[7., 2.]]),)
     """
     arguments, sizes = _arguments(x, weight, adapters, sizes, bias, dropout, seed, source, backend)
+    sizes = sizes if split else [sum(sizes)]
     a, b = arguments[3:5]
-    if watched(x, *a, *b, *arguments[1]):
-        return schema.forward_op(*arguments)[0].split(sizes, dim=1)
-    if needs_grad(x, *a, *b):
+    is_watched = watched(x, *a, *b, *arguments[1])
+    if not is_watched and needs_grad(x, *a, *b):
         return schema.EagerLoraLinear.apply(arguments, sizes, x, *a, *b)
-    return schema.launch_forward(*arguments)[0].split(sizes, dim=1)
+    y = (schema.forward_op if is_watched else schema.launch_forward)(*arguments)[0]
+    return (y,) if len(sizes) == 1 else y.split(sizes, dim=1)  # a split of one would still copy its gradient
 
 
 def explain(
