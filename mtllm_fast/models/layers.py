@@ -23,7 +23,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mtllm_fast.models.linear import accumulate, accumulates, gated, joint_product, linear, onednn_serves, project
 from mtllm_fast.models.lora import idle_base
-from mtllm_fast.models.norms import add_norm, norm
+from mtllm_fast.models.norms import add_norm, norm, norm_of
+from mtllm_fast.ops.lora_linear import RmsNormed
 from mtllm_fast.ops.rope import rope, rope_qkv
 from mtllm_fast.ops.varlen_attention import varlen_attention
 
@@ -62,19 +63,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: nn.Module, dropout_p: fl
     return out.flatten(1)
 
 
-def _heads(modules: Sequence[nn.Module], normed: Tensor, head_dim: int) -> list[Tensor]:
+def _heads(
+    modules: Sequence[nn.Module], normed: Tensor, head_dim: int, source: RmsNormed | None = None
+) -> list[Tensor]:
     """q, k and v: ``[T, D] -> [T, heads, hd]`` each."""
-    return [y.unflatten(-1, (-1, head_dim)) for y in project(modules, normed)]
+    return [y.unflatten(-1, (-1, head_dim)) for y in project(modules, normed, source)]
 
 
 def _add_then_norm(
     projection: nn.Module, x: Tensor, residual: Tensor, following: nn.Module, sum_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``(following(s), s + sum_bias)`` with ``s = residual + projection(x)``; the sum is a tensor of its own."""
+) -> tuple[Tensor, Tensor, RmsNormed | None]:
+    """``following(s)``, ``s + sum_bias`` (a new tensor), what the former is made of; ``s = residual + projection(x)``."""
     projection = idle_base(projection)
     if onednn_serves(projection, x) and sum_bias is None:
         summed = linear(projection, x, plus=residual)
-        return norm(following, summed), summed
+        return norm(following, summed), summed, None
     return add_norm(following, linear(projection, x), residual, sum_bias)
 
 
@@ -107,7 +110,7 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
         """What follows attention. fc2's product goes onto the sum in place where it can, its bias ahead of it."""
         in_place = accumulates(self.fc2, attended)
         bias = self.fc2.bias if in_place else None
-        normed, summed = _add_then_norm(self.self_attn.out_proj, attended, residual, self.final_layer_norm, bias)
+        normed, summed, _ = _add_then_norm(self.self_attn.out_proj, attended, residual, self.final_layer_norm, bias)
         inner = linear(self.fc1, normed, activation=self.activation_fn)
         return accumulate(self.fc2, inner, summed) if in_place else linear(self.fc2, inner, plus=summed)
 
@@ -125,12 +128,12 @@ class _PackedDecoderLayer:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         attended = self._attention(hidden_states, packed)
         following = self.post_attention_layernorm
-        normed, summed = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following)
+        normed, summed, source = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following)
         mlp = self.mlp
-        inner = gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed)
+        inner, made_of = gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed, source)
         if accumulates(mlp.down_proj, inner) and mlp.down_proj.bias is None:
             return accumulate(mlp.down_proj, inner, summed)
-        return linear(mlp.down_proj, inner, plus=summed)
+        return linear(mlp.down_proj, inner, plus=summed, source=made_of)
 
     def _attention(self, hidden_states: Tensor, packed: PackedContext) -> Tensor:
         """What ``o_proj`` projects, ``[T, H * hd]``."""
@@ -141,12 +144,12 @@ class _PackedDecoderLayer:
 
     def _qkv(self, hidden_states: Tensor, packed: PackedContext) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.self_attn
-        normed = norm(self.input_layernorm, hidden_states)
+        normed, source = norm_of(self.input_layernorm, hidden_states)
         modules = (attn.q_proj, attn.k_proj, attn.v_proj)
         if hasattr(attn, "q_norm"):
-            q, k, v = _heads(modules, normed, attn.head_dim)
+            q, k, v = _heads(modules, normed, attn.head_dim, source)
             return *rope(norm(attn.q_norm, q), norm(attn.k_norm, k), packed.cos, packed.sin), v
-        whole = joint_product(modules, normed)
+        whole = joint_product(modules, normed, source)
         if whole is None:
             q, k, v = (linear(module, normed).unflatten(-1, (-1, attn.head_dim)) for module in modules)
             return *rope(q, k, packed.cos, packed.sin), v

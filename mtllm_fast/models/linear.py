@@ -21,6 +21,7 @@ from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
 from mtllm_fast.models.merging import merged
 from mtllm_fast.models.plain import TWIN, is_linear
 from mtllm_fast.ops.bias_relu import bias_relu
+from mtllm_fast.ops.lora_linear import Gated, RmsNormed
 from mtllm_fast.ops.swiglu import swiglu
 
 # Names that oneDNN gives to what may follow a product.
@@ -38,8 +39,12 @@ def linear(
     activation: nn.Module | None = None,
     times: Tensor | None = None,
     plus: Tensor | None = None,
+    source: Gated | None = None,
 ) -> Tensor:
-    """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``."""
+    """``activation(module(x)) * times + plus``, at most one of the three: x ``[T, K]`` -> ``[T, N]``.
+
+    ``source``: what x was computed from, which a LoRA group keeps for the backward in its place.
+    """
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
     module = idle_base(module)
     kind = None if activation is None else type(activation)
@@ -55,7 +60,7 @@ def linear(
     elif kind is nn.ReLU and not x.is_cpu and is_linear(module):
         return bias_relu(F.linear(x, module.weight), module.bias)
     else:
-        group = lora_group((module,), x) if is_lora(module) else None
+        group = lora_group((module,), x, source=source) if is_lora(module) else None
         y = module(x) if group is None else group[0]
     if activation is not None:
         return activation(y)
@@ -64,7 +69,7 @@ def linear(
     return y if plus is None else y + plus
 
 
-def joint_product(modules: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Tensor | None:
     """``module(x)`` of all side by side, ``[T, Σ N_i]``, where one product computes them; else None.
 
     One product: of weights that lie merged, or of a LoRA group. A consumer that takes it whole gives it a gradient in
@@ -74,7 +79,7 @@ def joint_product(modules: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     adapted = any(map(is_lora, modules))
     whole = merged([base_linear(module) for module in modules] if adapted else modules)
     if adapted:
-        group = lora_group(tuple(modules), x, None if whole is None else whole.weight, split=False)
+        group = lora_group(tuple(modules), x, None if whole is None else whole.weight, source, split=False)
         return None if group is None else group[0]
     if whole is None:
         return None
@@ -82,20 +87,25 @@ def joint_product(modules: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     return product(x, whole.weight, whole.bias)
 
 
-def project(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+def project(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Sequence[Tensor]:
     """``module(x)`` of each, ``[T, N_i]``: views of one product where there is one."""
-    whole = joint_product(modules, x)
+    whole = joint_product(modules, x, source)
     if whole is None:
         return [linear(module, x) for module in modules]
     return whole.split([base_linear(module).out_features for module in modules], -1)
 
 
-def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(gate(x)) * up(x)``, ``[T, F]``."""
+def gated(
+    gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor, source: RmsNormed | None = None
+) -> tuple[Tensor, Gated | None]:
+    """``activation(gate(x)) * up(x)``, ``[T, F]``, and what a LoRA group may keep in its place for the backward."""
     if type(activation) not in (nn.SiLU, SiLUActivation) or onednn_serves(idle_base(up), x):
-        return linear(up, x, times=linear(gate, x, activation=activation))
-    whole = joint_product((gate, up), x)
-    return swiglu(linear(gate, x), linear(up, x)) if whole is None else swiglu(whole)
+        return linear(up, x, times=linear(gate, x, activation=activation)), None
+    whole = joint_product((gate, up), x, source)
+    if whole is None:
+        parts = linear(gate, x), linear(up, x)
+        return swiglu(*parts), Gated(*parts)
+    return swiglu(whole), Gated(*whole.chunk(2, dim=-1))
 
 
 def accumulates(module: nn.Module, x: Tensor) -> bool:

@@ -6,21 +6,33 @@ from torch import Tensor, nn
 
 from mtllm_fast.models.plain import is_layer_norm, is_rms_norm
 from mtllm_fast.ops.layer_norm import layer_norm
+from mtllm_fast.ops.lora_linear import RmsNormed
 from mtllm_fast.ops.rms_norm import rms_norm
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``. torch's own LayerNorm is one pass already."""
-    return rms_norm(x, module.weight, eps=module.variance_epsilon) if is_rms_norm(module) else module(x)
+    return norm_of(module, x)[0]
 
 
-def add_norm(module: nn.Module, x: Tensor, residual: Tensor, sum_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``(module(s), s + sum_bias)`` with ``s = x + residual``; both are new tensors."""
-    if x.dtype == residual.dtype:
-        if is_rms_norm(module) and sum_bias is None:
-            return rms_norm(x, module.weight, eps=module.variance_epsilon, residual=residual)
-        if is_layer_norm(module):
-            weight, bias, eps = module.weight, module.bias, module.eps
-            return layer_norm(x, weight, bias, eps=eps, residual=residual, sum_bias=sum_bias)
+def norm_of(module: nn.Module, x: Tensor) -> tuple[Tensor, RmsNormed | None]:
+    """``module(x)``, and what a LoRA group may keep in its place for the backward."""
+    if not is_rms_norm(module):
+        return module(x), None
+    normed, rstd = rms_norm(x, module.weight, eps=module.variance_epsilon, return_rstd=True)
+    return normed, RmsNormed(x, rstd, module.weight) if x.dim() == 2 else None
+
+
+def add_norm(
+    module: nn.Module, x: Tensor, residual: Tensor, sum_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, RmsNormed | None]:
+    """``module(s)``, ``s + sum_bias`` and as above, with ``s = x + residual``; the first two are new tensors."""
+    if x.dtype == residual.dtype and sum_bias is None and is_rms_norm(module):
+        weight, eps = module.weight, module.variance_epsilon
+        normed, summed, rstd = rms_norm(x, weight, eps=eps, residual=residual, return_rstd=True)
+        return normed, summed, RmsNormed(summed, rstd, weight)
+    if x.dtype == residual.dtype and is_layer_norm(module):
+        weight, bias, eps = module.weight, module.bias, module.eps
+        return *layer_norm(x, weight, bias, eps=eps, residual=residual, sum_bias=sum_bias), None
     summed = x + residual
-    return module(summed), summed if sum_bias is None else summed + sum_bias
+    return module(summed), summed if sum_bias is None else summed + sum_bias, None

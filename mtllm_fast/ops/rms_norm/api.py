@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +15,15 @@ from mtllm_fast.ops.rms_norm import schema
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@overload
-def rms_norm(
-    hidden_states: Tensor, weight: Tensor, *, eps: float, residual: None = None, backend: str = "auto"
-) -> Tensor: ...
-@overload
-def rms_norm(
-    hidden_states: Tensor, weight: Tensor, *, eps: float, residual: Tensor, backend: str = "auto"
-) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     hidden_states: Tensor,
     weight: Tensor,
     *,
     eps: float,
     residual: Tensor | None = None,
+    return_rstd: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """RMSNorm over the last dimension, with the residual addition before it: ``weight ⊙ x · rsqrt(mean(x²) + eps)``.
 
     ``x`` is ``hidden_states``, or ``summed = hidden_states + residual``, rounded once to the dtype of the states. The
@@ -47,10 +40,12 @@ def rms_norm(
         weight: ``[D]``, the gain, of any of these dtypes.
         eps: added to the mean square.
         residual: of the shape, dtype and device of ``hidden_states``, or None.
+        return_rstd: also return ``rsqrt(mean(x²) + eps)``, from which ``lora_linear`` computes the normed states again.
         backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
-        The normed states, contiguous, in the dtype of ``hidden_states``; with a residual, ``(normed, summed)``.
+        The normed states, contiguous, in the dtype of ``hidden_states``. A tuple, if more is returned: with a residual
+        ``summed`` comes next, with ``return_rstd`` ``rstd`` ``[...]`` in float32 (float64) last, without a gradient.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device is wrong.
@@ -69,12 +64,14 @@ def rms_norm(
     arguments = (hidden_states, weight, residual, eps, backend)
     tensors = (hidden_states, weight) if residual is None else (hidden_states, weight, residual)
     if watched(*tensors):
-        normed, summed, _ = schema.forward_op(*arguments)
+        normed, summed, rstd = schema.forward_op(*arguments)
     elif needs_grad(*tensors):
-        normed, summed, _ = schema.EagerRMSNorm.apply(*arguments)
+        normed, summed, rstd = schema.EagerRMSNorm.apply(*arguments)
     else:
-        normed, summed, _ = schema.launch_forward(*arguments)
-    return normed if residual is None else (normed, summed)
+        normed, summed, rstd = schema.launch_forward(*arguments)
+    found = (normed,) if residual is None else (normed, summed)
+    found = (*found, rstd) if return_rstd else found
+    return found if len(found) > 1 else normed
 
 
 def explain(
