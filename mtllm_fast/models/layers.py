@@ -73,7 +73,7 @@ def _heads(
 def _add_then_norm(
     projection: nn.Module, x: Tensor, residual: Tensor, following: nn.Module, sum_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, RmsNormed | None]:
-    """``following(s)``, ``s + sum_bias`` (a new tensor), what the former is made of; ``s = residual + projection(x)``."""
+    """``following(s)``, a new ``s + sum_bias`` and what the former is made of; ``s = residual + projection(x)``."""
     projection = idle_base(projection)
     if onednn_serves(projection, x) and sum_bias is None:
         summed = linear(projection, x, plus=residual)
