@@ -17,12 +17,22 @@ from test_distillation_loss import run as run_loss
 from test_norm_pool import DTYPES, EPS
 from test_norm_pool import check as check_pool
 from test_norm_pool import run as run_pool
+from test_rms_norm import check as check_norm
+from test_rms_norm import ours as norm
+from test_rms_norm import problem as norm_problem
+from test_rms_norm import run as run_norm
+from test_rope import check as check_rope
+from test_rope import merged
 
 from mtllm_fast import explain
 from mtllm_fast.core import native_cpu
 from mtllm_fast.core.errors import CpuKernelError, UnsupportedBackendError
 from mtllm_fast.ops.norm_pool import norm_pool
+from mtllm_fast.ops.varlen_attention import cpu as varlen_cpu
+from mtllm_fast.ops.varlen_attention.reference import varlen_attention_reference
 from mtllm_fast.testing.inputs import cu_seqlens_of, packed_states
+from mtllm_fast.testing.poison import poisoned_memory
+from mtllm_fast.testing.tolerance import assert_as_accurate
 
 CPU = torch.device("cpu")
 needs_extension = pytest.mark.skipif(native_cpu.why_not_built() is not None, reason=native_cpu.why_not_built() or "")
@@ -49,6 +59,43 @@ def test_every_level_keeps_the_error_rule(level: str, dtype: torch.dtype) -> Non
         check_pool("cpu", CPU, dtype=dtype, width=width, lengths=(3, 0, 200, 1))
     for kind in KINDS:
         check_loss("cpu", make_problem(dtype=dtype, dead_tail=3), kind=kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_level_norms_and_rotates_within_the_rule(level: str, dtype: torch.dtype) -> None:
+    for width in (1, 9, 41, 256):
+        check_norm("cpu", norm_problem(70, width, dtype=dtype))
+    check_norm("cpu", norm_problem(3, 5, 48, dtype=dtype, residual=False))
+    for hd in (2, 14, 80):
+        check_rope(merged, "cpu", CPU, T=37, heads=(4, 2), hd=hd, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (8, 2, 64), (3, 1, 48)])
+def test_every_level_attends_within_the_rule(
+    level: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    lengths = [1, 7, 0, 33, 128, 129, 2]
+    tokens, scale = sum(lengths) + 3, head_dim**-0.5
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    cu_seqlens = cu_seqlens_of(tuple(lengths))
+    with poisoned_memory():
+        found = varlen_cpu.inference(q, k, v, cu_seqlens, scale)
+    assert not found[sum(lengths) :].any()
+    plain, truth = (
+        varlen_attention_reference(*(t[: sum(lengths)].to(kind) for t in (q, k, v)), cu_seqlens, scale=scale)
+        for kind in (dtype, torch.float64)
+    )
+    assert_as_accurate({"out": found[: sum(lengths)]}, {"out": plain}, {"out": truth})
+    for bad in (float("nan"), float("inf")):
+        for tensor in (q, k, v):
+            broken = tensor.clone()
+            broken[5, 0, 3] = bad  # of the second sentence
+            parts = [broken if t is tensor else t for t in (q, k, v)]
+            out = varlen_cpu.inference(*parts, cu_seqlens, scale)
+            want = varlen_attention_reference(*(t[: sum(lengths)].float() for t in parts), cu_seqlens, scale=scale)
+            assert torch.equal(out[: sum(lengths)].isfinite(), want.isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -87,7 +134,10 @@ def test_results_depend_on_no_number_of_threads(two_threads: None) -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         pooled = run_pool(norm_pool, *arguments, eps=EPS, backend="cpu")
-        results.append([*pooled.values(), *run_loss(problem, "cpu").values()])
+        normed = run_norm(norm, norm_problem(300, 72), backend="cpu")
+        q, k, v = packed_states((300, 77), 4 * 32, dead_tail=9).unflatten(1, (4, 32)).split((2, 1, 1), 1)
+        attended = varlen_cpu.inference(q, k, v, cu_seqlens_of((100, 200, 77)), 0.2)
+        results.append([*pooled.values(), *run_loss(problem, "cpu").values(), *normed.values(), attended])
     assert all(map(torch.equal, *results))
 
 

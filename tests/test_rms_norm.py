@@ -66,14 +66,14 @@ def check(backend: str, tensors: dict[str, Tensor]) -> None:
     assert_as_accurate(fast, run(plain, tensors), truth, INTERPRETED_RULES if interpreted else RULES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(backend: str, residual: bool, dtype: torch.dtype, device: torch.device) -> None:
     check(backend, problem(37, 200, dtype=dtype, device=device, residual=residual))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("shape", [(3, 2), (5, 896), (9, 1536), (2, 8192), (3, 5, 128), (2, 3, 4, 96)], ids=str)
 def test_shapes(backend: str, shape: tuple[int, ...], device: torch.device) -> None:
     check(backend, problem(*shape, device=device, residual=len(shape) != 2))
@@ -96,7 +96,7 @@ def test_rows_beyond_two_to_the_31st_element(device: torch.device) -> None:
     assert normed[-2].float().sub(0.5).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_heads_within_a_wider_buffer(backend: str, device: torch.device) -> None:
     """q of a merged qkv, and gradients that are views too."""
     buffer = torch.full((11, 320), float("nan"), device=device)
@@ -114,7 +114,7 @@ def test_heads_within_a_wider_buffer(backend: str, device: torch.device) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_strided_columns(backend: str, device: torch.device) -> None:
     tensors = problem(6, 32, device=device)
     expected = run(ours, tensors, backend=backend)
@@ -128,7 +128,7 @@ def test_strided_columns(backend: str, device: torch.device) -> None:
     assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("shape", [(0, 16), (0, 3, 16), (4, 0, 16)], ids=str)
 def test_empty(backend: str, shape: tuple[int, ...], device: torch.device) -> None:
     found = run(ours, problem(*shape, device=device), backend=backend)
@@ -136,12 +136,12 @@ def test_empty(backend: str, shape: tuple[int, ...], device: torch.device) -> No
     assert torch.equal(found["grad of weight"], torch.zeros_like(found["grad of weight"]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_weight_of_another_dtype(backend: str, device: torch.device) -> None:
     check(backend, problem(9, 64, dtype=torch.bfloat16, weight_dtype=torch.float32, device=device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_many_rows_per_program_and_block(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 256)
     if backend == "triton":
@@ -151,7 +151,7 @@ def test_many_rows_per_program_and_block(backend: str, device: torch.device, mon
     check(backend, problem(531, 64, device=device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_one_output_may_be_unused(backend: str, device: torch.device) -> None:
     tensors = problem(5, 64, device=device)
     found = run(lambda **t: ours(**t, backend=backend)[:1], tensors)
@@ -162,7 +162,7 @@ def test_one_output_may_be_unused(backend: str, device: torch.device) -> None:
     assert torch.equal(torch.autograd.grad(summed.sum(), leaf)[0], torch.ones_like(leaf))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_only_what_needs_a_gradient_gets_one(backend: str, device: torch.device) -> None:
     tensors = problem(5, 64, device=device)
     full = run(ours, tensors, backend=backend)
@@ -175,7 +175,7 @@ def test_only_what_needs_a_gradient_gets_one(backend: str, device: torch.device)
         assert torch.allclose(grad, full[f"grad of {name}"], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_nan_stays_in_its_row(backend: str, device: torch.device) -> None:
     tensors = problem(5, 64, device=device)
     expected = run(ours, tensors, backend=backend)

@@ -71,20 +71,20 @@ def check(
     assert_as_accurate(fast, run(plain, qkv, cos, sin, heads), truth, INTERPRETED_RULES if interpreted else RULES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("function", [separate, merged])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(function, backend: str, dtype: torch.dtype, device: torch.device) -> None:
     check(function, backend, device, dtype=dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("heads", "hd"), [((1, 1), 2), ((14, 2), 64), ((28, 4), 128), ((2, 2), 80)], ids=str)
 def test_shapes(backend: str, heads: tuple[int, int], hd: int, device: torch.device) -> None:
     check(merged, backend, device, T=37, heads=heads, hd=hd)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_tables_in_float32(backend: str, device: torch.device) -> None:
     check(merged, backend, device, dtype=torch.bfloat16, table_dtype=torch.float32)
 
@@ -108,7 +108,7 @@ def test_rows_beyond_two_to_the_31st_element(device: torch.device) -> None:
     assert all(x[-1].eq(1).all() and x[-2].eq(0).all() for x in (q, k))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("function", [separate, merged])
 def test_strides(function, backend: str, device: torch.device) -> None:
     """Rows of a wider buffer, columns apart, heads in another order, views as tables, gradients without strides."""
@@ -130,7 +130,7 @@ def test_strides(function, backend: str, device: torch.device) -> None:
     assert torch.equal(k, expected["k"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_merged_gradient_is_one_buffer(backend: str, device: torch.device) -> None:
     qkv = random(5, 7 * 8, device=device).requires_grad_()
     outputs = merged(qkv, *tables(5, 8, device=device), (3, 2), backend)
@@ -144,7 +144,7 @@ def test_merged_gradient_is_one_buffer(backend: str, device: torch.device) -> No
         assert merged(qkv, *tables(5, 8, device=device), (3, 2), backend)[2].data_ptr() == qkv[:, 40:].data_ptr()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_the_gradient_rotates_back(backend: str, device: torch.device) -> None:
     q, k = random(4, 3, 8, device=device).requires_grad_(), random(4, 1, 8, device=device).requires_grad_()
     rotated = rope(q, k, *tables(4, 8, device=device), backend=backend)
@@ -154,7 +154,7 @@ def test_the_gradient_rotates_back(backend: str, device: torch.device) -> None:
     assert grad.shape == q.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("function", [separate, merged])
 def test_empty(function, backend: str, device: torch.device) -> None:
     found = run(function, random(0, 7 * 8, device=device), *tables(0, 8, device=device), (3, 2), backend=backend)
@@ -166,7 +166,7 @@ def test_many_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     check(merged, "reference", device, T=101, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_nan_stays_in_its_pair(backend: str, device: torch.device) -> None:
     qkv = random(4, 7 * 8, device=device)
     qkv[1, 2] = float("nan")

@@ -88,6 +88,14 @@ Status rope(int level, const Heads& x, Address cos, Address sin, std::int64_t ta
   return 0;
 }
 
+Status attention(int level, const Heads& q, const Heads& k, const Heads& v, const Sentences& sentences,
+                 std::int64_t longest, float scale, Address out, Address scratch, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->attention(q, k, v, sentences, longest, scale, pointer<void>(out), pointer<float>(scratch), threads);
+  return 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -109,6 +117,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rms_norm", &rms_norm, Unlocked());
   module.def("rms_norm_backward", &rms_norm_backward, Unlocked());
   module.def("rope", &rope, Unlocked());
+  module.def("attention_scratch", &attention_scratch);
+  module.def("attention", &attention, Unlocked());
   module.def("pool", &pool, Unlocked());
   module.def("span_sums", &span_sums, Unlocked());
   module.def("backward", &backward, Unlocked());

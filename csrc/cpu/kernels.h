@@ -65,6 +65,11 @@ struct Heads {
   std::int64_t tokens, heads, width;
 };
 
+// Floats of scratch per thread of `attention`; the vectors of no level are wider than 16 floats.
+constexpr std::int64_t attention_scratch(std::int64_t longest, std::int64_t width) {
+  return width * (2 * longest + 16) + 4 * (2 * width + longest + 16);
+}
+
 struct Kernels {
   // mean [count, width] = the share-weighted sum of normed rows without the gain; partial
   // [tokens / kPieceTokens + count, width] is scratch for mean pooling.
@@ -89,6 +94,10 @@ struct Kernels {
   // out, its heads adjacent, = x rotated by sign * the angles of the tables [tokens, >= width / 2].
   void (*rope)(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
                std::int64_t out_token_stride, int threads);
+  // out [tokens, q.heads, width], contiguous, = softmax(scale q k^T) v within each sentence of up to `longest` tokens; rows
+  // of longer sentences and of the tail are not written. width is a multiple of 16. scratch: attention_scratch per thread.
+  void (*attention)(const Heads& q, const Heads& k, const Heads& v, const Sentences&, std::int64_t longest, float scale,
+                    void* out, float* scratch, int threads);
 };
 
 const Kernels& kernels_baseline();

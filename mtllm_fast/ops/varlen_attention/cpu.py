@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mtllm_fast.core import native_cpu
+
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Up to this length two batched products and a softmax beat the flash kernel, which works on one head's 32 queries at a
 # time: 1.4 to 1.6 times at 38 tokens, equal at about 200.
@@ -51,8 +53,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -
 
 def inference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """``forward`` without the log-sum-exp, which only a backward needs."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    natively = _native_serves(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out[int(cu_seqlens[-1]) :] = 0
+    if natively:
+        _native(q, k, v, cu_seqlens, scale, out)
     for start, end, count, length in _equal_length_runs(cu_seqlens):
+        if natively and length <= _SHORT:
+            continue
         q_NHLd, k_NKLd, v_NKLd = (_as_batch(t[start:end], count, length) for t in (q, k, v))
         if length > _SHORT:
             out_NHLd = _FORWARD(q_NHLd, k_NKLd, v_NKLd, 0.0, False, attn_mask=None, scale=scale)[0]
@@ -60,6 +68,24 @@ def inference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float)
             out_NHLd = _short(q_NHLd, k_NKLd, v_NKLd, scale)
         out[start:end] = out_NHLd.transpose(1, 2).flatten(0, 1)
     return out
+
+
+def _native_serves(q: Tensor) -> bool:
+    return native_cpu.why_not_cpu(q) is None and q.shape[-1] % 16 == 0
+
+
+def _native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor) -> None:
+    """The sentences of up to ``_SHORT`` tokens, by the kernel of csrc/cpu/attention.cpp."""
+    threads = torch.get_num_threads()
+    scratch = native_cpu.empty(threads, native_cpu.extension().attention_scratch(_SHORT, q.shape[-1]))
+    bounds = cu_seqlens.contiguous()
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    sentences = native_cpu.extension().sentences(bounds.data_ptr(), len(bounds) - 1, q.shape[0], q.shape[-1])
+    status = native_cpu.extension().attention(
+        native_cpu.level(), *map(native_cpu.heads, (q, k, v)), sentences, _SHORT, scale, out.data_ptr(),
+        scratch.data_ptr(), threads,
+    )  # fmt: skip
+    native_cpu.check("varlen_attention", status)
 
 
 def _short(q_NHLd: Tensor, k_NKLd: Tensor, v_NKLd: Tensor, scale: float) -> Tensor:
