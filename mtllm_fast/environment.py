@@ -98,6 +98,11 @@ def _bias_relu(torch: Any, device: str) -> dict[str, Any]:
     return {"x": hidden, "bias": hidden[0]}
 
 
+def _lora_linear(torch: Any, device: str) -> dict[str, Any]:
+    x = torch.randn(16, 64, dtype=torch.bfloat16, device=device)
+    return {"x": x, "weight": x, "adapters": [(x[:8], x[:, :8].contiguous(), 2.0)]}
+
+
 def _embed_tokens(torch: Any, device: str) -> dict[str, Any]:
     weight, ids = torch.randn(5, 64, dtype=torch.bfloat16, device=device), torch.arange(3, device=device)
     return {"input_ids": ids, "weight": weight, "position_ids": ids, "table": weight, "scale": 8.0, "offset": 2}
@@ -117,10 +122,11 @@ EXAMPLES: dict[str, Callable[[Any, str], dict[str, Any]]] = {
     "distillation_loss": _distillation_loss,
     "embed_tokens": _embed_tokens,
     "layer_norm": _layer_norm,
+    "lora_linear": _lora_linear,
     "norm_pool": _norm_pool,
+    "quantize_rows": _quantize_rows,
     "rms_norm": _rms_norm,
     "rope": _rope,
-    "quantize_rows": _quantize_rows,
     "stack_projection": _stack_projection,
     "swiglu": _swiglu,
     "token_kl_loss": _token_kl_loss,

@@ -192,7 +192,10 @@ def test_base_weights_of_adapters(merge_first):
     assert merged(wrapped_modules) is None
     whole = merged([module.base_layer for module in wrapped_modules])  # frozen, so even where gradients are recorded
     assert not whole.weight.requires_grad
-    assert_same(trained(wrapped), trained(with_lora(new_stack())))
+    ours, plain = trained(wrapped), trained(with_lora(new_stack()))  # one product for three: other rounding
+    assert ours.keys() == plain.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5, msg=name)
     assert is_merged(wrapped)
     assert is_merged(wrapped.merge_and_unload())
 

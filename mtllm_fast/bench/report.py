@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+Cell = Callable[[dict[str, Any]], str]
 
 
 def _number(value: float) -> str:
@@ -34,6 +37,21 @@ def title(record: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> Table:
     """Medians and spread per peer, narrow enough for 80 columns; what the headings leave out is below it."""
+    kind = record["benchmark"]
+    if kind == "sweep":
+        return _sweep_table(record)
+    columns = {"throughput": _ENCODE, "latency": _LATENCY, "train": _TRAIN}[kind]
+    grid = _grid(record, columns)
+    for row in record["peers"]:
+        if row["status"] != "ok":
+            grid.add_row(row["name"], "[yellow]skipped[/]")
+        else:
+            cells = [cell(row) for cell in columns.values()]
+            grid.add_row(row["name"], *cells, style="bold" if row["name"].startswith("ours") else "")
+    return grid
+
+
+def _grid(record: dict[str, Any], columns: Iterable[str]) -> Table:
     grid = Table(
         title=title(record),
         caption=caption(record),
@@ -43,25 +61,68 @@ def table(record: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     grid.add_column("peer", no_wrap=True)
-    for heading in ("tokens/s", "p10-p90", "texts/s", "x ref", "x sorted", "GEMM", "GiB"):
+    for heading in columns:
         grid.add_column(heading, justify="right", no_wrap=True)
-    for row in record["peers"]:
-        if row["status"] != "ok":
-            grid.add_row(row["name"], "[yellow]skipped[/]")
-            continue
-        rate, fraction, peak = row["tokens_per_s"], row["gemm_fraction"], row["peak_bytes"]
-        grid.add_row(
-            row["name"],
-            _number(rate["median"]),
-            f"{_number(rate['p10'])}-{_number(rate['p90'])}",
-            _number(row["sentences_per_s"]["median"]),
-            _ratio(row["ratio_to_reference"]),
-            _ratio(row["ratio_to_reference_sorted"]),
-            "-" if fraction is None else f"{fraction:.0%}",
-            "-" if peak is None else f"{peak / 2**30:.2f}",
-            style="bold" if row["name"] == "ours" else "",
-        )
     return grid
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{_number(values['p10'])}-{_number(values['p90'])}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**30:.2f}"
+
+
+_RATE: dict[str, Cell] = {
+    "tokens/s": lambda row: _number(row["tokens_per_s"]["median"]),
+    "p10-p90": lambda row: _spread(row["tokens_per_s"]),
+}
+_ENCODE: dict[str, Cell] = {
+    **_RATE,
+    "texts/s": lambda row: _number(row["sentences_per_s"]["median"]),
+    "x ref": lambda row: _ratio(row["ratio_to_reference"]),
+    "x sorted": lambda row: _ratio(row["ratio_to_reference_sorted"]),
+    "GEMM": lambda row: _share(row["gemm_fraction"]),
+    "/GEMMs": lambda row: _ratio(row["ratio_to_bare_gemms"]),
+    "GiB": lambda row: _gib(row["peak_bytes"]),
+}
+_LATENCY: dict[str, Cell] = {
+    "ms": lambda row: _number(row["milliseconds"]["median"]),
+    "p10-p90": lambda row: _spread(row["milliseconds"]),
+    "x ref": lambda row: _ratio(row["ratio_to_reference"]),
+    "/GEMMs": lambda row: _ratio(row["ratio_to_bare_gemms"]),
+}
+_TRAIN: dict[str, Cell] = {
+    **_RATE,
+    "x ref": lambda row: _ratio(row["ratio_to_reference"]),
+    "GEMM": lambda row: _share(row["gemm_fraction"]),
+    "GiB": lambda row: _gib(row["peak_bytes"]),
+    "of ref": lambda row: _share(row["memory_ratio_to_reference"]),
+}
+
+
+def _sweep_table(record: dict[str, Any]) -> Table:
+    """Texts per second by batch size, one row per peer."""
+    points = record["points"]
+    grid = _grid(record, [f"B={point['batch_size']}" for point in points])
+    for number, row in enumerate(record["peers"]):
+        here = [point["peers"][number] for point in points]
+        rates = ["-" if r["status"] != "ok" else _number(r["sentences_per_s"]["median"]) for r in here]
+        grid.add_row(row["name"], *rates, style="bold" if row["name"] == "ours" else "")
+    return grid
+
+
+_READING = {
+    "throughput": "tokens/s: real tokens, no padding; ratios: medians of the rounds' own ratios",
+    "latency": "one sentence a call; ratios: medians of the calls' own ratios, more is faster",
+    "train": "one step of self-distillation; tokens/s: real tokens of the student, each with the teacher's",
+    "sweep": "texts/s (median) by batch size, each point gated and timed as a run of its own",
+}
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -71,16 +132,20 @@ def caption(record: dict[str, Any]) -> str:
     memory = {
         "cuda-allocator": "peak of the CUDA allocator, weights included",
         "rss-high-water": "peak resident set of the whole process",
+        "step": "what a step allocates at its peak beyond what is there before it",
         "unknown": "not available on this system",
     }[record["memory_kind"]]
     errors = ", ".join(f"{row['name']} {row['error']:.1e}" for row in rows.values() if "error" in row)
     lines = [
-        "tokens/s: real tokens, no padding; ratios: medians of the rounds' own ratios",
+        _READING[record["benchmark"]],
         f"GEMM: part of the {record['gemm_ceiling_tflops']:.3g} TFLOP/s that a large matrix product reached; "
         f"{record['workload']['flops_per_token'] / 1e6:,.1f} MFLOP/token",
-        f"GiB: {memory}",
         f"error against float64 on {gate['texts']} texts (allowed {gate['allowed_error']:.1e}): {errors}",
     ]
+    if record["benchmark"] in ("throughput", "train"):
+        lines.append(f"GiB: {memory}")
+    if "bare_gemms" in record:
+        lines.append("/GEMMs: time over that of the model's bare matrix products of the same tokens, packed")
     lines += [f"{row['name']}: {row['reason']}" for row in rows.values() if row["status"] != "ok"]
     compiled = rows.get("compiled", {})
     if compiled.get("status") == "ok":
@@ -105,20 +170,30 @@ def append_json(record: dict[str, Any], path: Path) -> None:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bar chart of real tokens/s per peer, p10-p90 as whiskers, as a PNG.
+    """A PNG: bars of real tokens/s per peer with p10-p90 as whiskers; of a sweep, texts/s and the roofline by batch.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in record["peers"] if row["status"] == "ok"]
+    if record["benchmark"] == "sweep":
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        _draw_sweep(record, *figure.subplots(1, 2))
+    else:
+        rows = [row for row in record["peers"] if row["status"] == "ok"]
+        figure = Figure(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
+        _draw_bars(record, rows, figure.subplots())
+    figure.suptitle(title(record), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_bars(record: dict[str, Any], rows: list[dict[str, Any]], axes: Any) -> None:
     rates = [row["tokens_per_s"] for row in rows]
     medians = [rate["median"] for rate in rates]
     whiskers = [[r["median"] - r["p10"] for r in rates], [r["p90"] - r["median"] for r in rates]]
-    figure = Figure(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#d1495b" if row["name"] == "ours" else "#8d99ae" for row in rows]
+    colours = ["#d1495b" if row["name"].startswith("ours") else "#8d99ae" for row in rows]
     bars = axes.barh([row["name"] for row in rows], medians, xerr=whiskers, color=colours, ecolor="#2b2d42")
     labels = [
         f"{row['tokens_per_s']['median']:,.0f}"
@@ -129,7 +204,40 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.margins(x=0.25)
     axes.invert_yaxis()
     axes.set_xlabel("real tokens per second (median, p10-p90)")
-    axes.set_title(title(record), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+
+
+def _draw_sweep(record: dict[str, Any], rates: Any, roofline: Any) -> None:
+    """Texts/s by batch size, and the share of the GEMM ceiling by real tokens per batch under what memory allows."""
+    points = record["points"]
+    tokens = [point["batch_tokens"] for point in points]
+    for number, row in enumerate(record["peers"]):
+        here = [point["peers"][number] for point in points]
+        if any(peer["status"] != "ok" for peer in here):
+            continue
+        rates.plot(
+            [point["batch_size"] for point in points],
+            [peer["sentences_per_s"]["median"] for peer in here],
+            marker="o",
+            label=row["name"],
+        )
+        roofline.plot(tokens, [peer["gemm_fraction"] for peer in here], marker="o", label=row["name"])
+    roofline.plot(tokens, [attainable(record, count) for count in tokens], "k--", label="attainable")
+    for axes, x, y in (
+        (rates, "texts per batch", "texts per second"),
+        (roofline, "real tokens per batch", "share of the GEMM ceiling"),
+    ):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.spines[["top", "right"]].set_visible(False)
+    roofline.set_yscale("log")
+    rates.legend(fontsize=8)
+
+
+def attainable(record: dict[str, Any], tokens: float) -> float:
+    """The largest share of the GEMM ceiling that a batch of so many tokens can reach, if every weight is read from
+    memory once per batch."""
+    compute = tokens * record["workload"]["flops_per_token"] / (record["gemm_ceiling_tflops"] * 1e12)
+    reading = record["streamed_bytes"] / record["bandwidth_bytes_per_s"]
+    return compute / max(compute, reading)

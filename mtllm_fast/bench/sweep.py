@@ -50,11 +50,3 @@ def _point(options: BenchOptions, prepared: Prepared, size: int, say: Say) -> di
     ordered = [rows[name] for name in options.peers or ()]
     add_ratios(ordered)
     return {"batch_size": size, "batch_tokens": batch_tokens, "texts": len(texts), "peers": ordered}
-
-
-def attainable(record: dict[str, Any], tokens: float) -> float:
-    """The largest share of the GEMM ceiling that a batch of so many tokens can reach, if every weight is read from
-    memory once per batch."""
-    compute = tokens * record["workload"]["flops_per_token"] / (record["gemm_ceiling_tflops"] * 1e12)
-    reading = record["streamed_bytes"] / record["bandwidth_bytes_per_s"]
-    return compute / max(compute, reading)

@@ -49,14 +49,15 @@ def linear(
 
     ``activation`` is oneDNN's name, ``"none"`` or ``"swish"``. (Its ``"relu"`` makes 0 of NaN.)
     """
-    dtype = product_dtype(x.dtype)
-    x_c, weight = x.to(dtype), weight.to(dtype)
-    bias, times, plus = (None if t is None else t.to(dtype) for t in (bias, times, plus))
+    given, dtype = x.dtype, product_dtype(x.dtype)
+    if dtype != given:  # asked once: six casts that do nothing take as long as a small product
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, times, plus = (None if t is None else t.to(dtype) for t in (bias, times, plus))
     onednn = torch.ops.mkldnn._linear_pointwise
     if plus is not None:
-        y = onednn.binary(x_c, plus, weight, bias, "add")
+        y = onednn.binary(x, plus, weight, bias, "add")
     elif times is not None:
-        y = onednn.binary(x_c, times, weight, bias, "mul")
+        y = onednn.binary(x, times, weight, bias, "mul")
     else:
-        y = onednn(x_c, weight, bias, activation, [], None)
-    return y.to(x.dtype)
+        y = onednn(x, weight, bias, activation, [], None)
+    return y if dtype == given else y.to(given)
