@@ -84,14 +84,30 @@ def all_stages(out: Path, size: str) -> list[Stage]:
     """The suite, cheap and indispensable stages first: what the total budget cuts off is at the end."""
     python = sys.executable
     peers = "reference,reference-sorted,ours"
+    layers = ("rms_norm", "rope", "swiglu", "layer_norm", "bias_relu", "embed_tokens", "lora_linear", "quantize_rows")
 
     def encode(name: str, budget_seconds: float, workload: str, peers: str, texts: int, rounds: int) -> Stage:
         command = throughput(out, name, size, workload, peers, texts, rounds)
         return Stage(name, budget_seconds, (command,), result=True)
 
-    def ops(name: str, budget_seconds: float, module: str, chosen: str = "not compiled") -> Stage:
-        """One file of op benchmarks: pytest-benchmark writes its result at the end, so a file may lose only its own."""
-        command = (python, "-m", "pytest", "-q", f"benchmarks/{module}", "--benchmark-only", "-k", chosen)
+    def mode(name: str, budget_seconds: float, *arguments: str) -> Stage:
+        command = (
+            python,
+            "benchmarks/throughput.py",
+            "--size",
+            size,
+            "--dtype",
+            "bf16",
+            "--device",
+            "cuda",
+            *arguments,
+        )
+        return Stage(name, budget_seconds, ((*command, "--out", str(out / f"{name}.json"), "--no-plot"),), result=True)
+
+    def ops(name: str, budget_seconds: float, *modules: str) -> Stage:
+        """Op benchmarks that write one result, at the end: what cuts a stage off loses all of it."""
+        files = [f"benchmarks/bench_{module}.py" for module in modules]
+        command = (python, "-m", "pytest", "-q", *files, "--benchmark-only", "-k", "not compiled")
         return Stage(name, budget_seconds, ((*command, f"--benchmark-json={out / f'{name}.json'}"),), result=True)
 
     return [
@@ -106,12 +122,17 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         Stage("tests-ops", 90, (pytest_command("tests/test_norm_pool.py", "tests/test_varlen_attention.py"),)),
         Stage("tests-loss", 150, (pytest_command("tests/test_distillation_loss.py", "tests/test_token_kl_loss.py"),)),
         Stage("tests-stack", 120, (pytest_command("tests/test_stack_projection.py"),)),
+        Stage("tests-layers", 120, (pytest_command(*(f"tests/test_{name}.py" for name in layers)),)),
+        Stage("tests-modes", 90, (pytest_command("tests/test_graphs.py", "tests/test_precision.py"),)),
         encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
-        ops("ops-stack", 100, "bench_stack_projection.py"),
-        ops("ops-pool", 40, "bench_norm_pool.py"),
-        ops("ops-loss", 60, "bench_distillation_loss.py"),
-        ops("ops-token-kl", 40, "bench_token_kl_loss.py"),
-        ops("ops-attention", 40, "bench_varlen_attention.py"),
+        mode("latency", 60, "--mode", "latency", "--peers", "reference,ours"),
+        mode("train", 90, "--mode", "train", "--peers", "reference,ours"),
+        ops("ops-layers", 90, *layers),
+        ops("ops-stack", 100, "stack_projection"),
+        ops("ops-pool", 40, "norm_pool"),
+        ops("ops-loss", 60, "distillation_loss"),
+        ops("ops-token-kl", 40, "token_kl_loss"),
+        ops("ops-attention", 40, "varlen_attention"),
         Stage(
             "sanitizer",
             90,
