@@ -104,10 +104,10 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         )
         return Stage(name, budget_seconds, ((*command, "--out", str(out / f"{name}.json"), "--no-plot"),), result=True)
 
-    def ops(name: str, budget_seconds: float, *modules: str) -> Stage:
-        """Op benchmarks that write one result, at the end: what cuts a stage off loses all of it."""
-        files = [f"benchmarks/bench_{module}.py" for module in modules]
-        command = (python, "-m", "pytest", "-q", *files, "--benchmark-only", "-k", "not compiled")
+    def ops(name: str, budget_seconds: float, *modules: str, chosen: str = "not compiled") -> Stage:
+        """Op benchmarks (all, if none is named) that write one result, at the end: a stage cut off loses all of it."""
+        files = [f"benchmarks/bench_{module}.py" for module in modules] or ["benchmarks"]
+        command = (python, "-m", "pytest", "-q", *files, "--benchmark-only", "-k", chosen)
         return Stage(name, budget_seconds, ((*command, f"--benchmark-json={out / f'{name}.json'}"),), result=True)
 
     return [
@@ -147,7 +147,7 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         encode("documents", 90, "documents", peers, texts=192, rounds=5),
         encode("translate", 90, "sentences", "ours,translate-test", texts=1024, rounds=3),
         # Compiling may take longer than all the rest, so it comes last.
-        ops("ops-compiled", 120, "", "compiled"),
+        ops("ops-compiled", 120, chosen="compiled"),
         encode("compiled", 150, "sentences", f"{peers},compiled", texts=1024, rounds=3),
     ]
 

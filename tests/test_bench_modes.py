@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 
 import pytest
@@ -18,9 +19,9 @@ from mtllm_fast.core.errors import WrongResultError
 
 
 def printed(rich_table) -> str:
-    console = Console(width=120, record=True, quiet=True)
-    console.print(rich_table)
-    return console.export_text()
+    file = io.StringIO()
+    Console(width=120, file=file).print(rich_table)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
