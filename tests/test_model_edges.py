@@ -13,6 +13,7 @@ from stacks import batch, new_encoder, new_llm, new_stack
 
 from mtllm_fast import MTLLM, MTLLMForMultipleChoice
 from mtllm_fast.core.errors import CheckpointError, NotBidirectionalError
+from mtllm_fast.models.merging import merge_projections, split_projections
 from mtllm_fast.packing import pack_token_ids
 from mtllm_fast.tiny import tiny_path
 
@@ -199,3 +200,43 @@ def test_the_tokenizer_is_found_where_the_weights_were(folder, tmp_path, monkeyp
     relative = MTLLM.from_pretrained("stack")
     monkeypatch.chdir(os.sep)
     assert relative.encode("a", "en").shape == (128,)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Products without oneDNN's epilogues, added in place onto the residual stream where nothing is recorded."""
+    from mtllm_fast.models import layers, linear
+
+    def accumulates(module, x, *others):
+        return linear.is_linear(module) and not linear.needs_grad(x, *module.parameters(), *others)
+
+    for home in (layers, linear):
+        monkeypatch.setattr(home, "onednn_serves", lambda module, x: False)
+    monkeypatch.setattr(layers, "accumulates", accumulates)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_merged_products_and_sums_in_place_give_the_same_states(family, as_on_a_gpu):
+    model = new_stack(family).double().eval()
+    merge_projections(model)
+    found = model(**batch(), output_hidden_states=True)
+    as_on_a_gpu.undo()
+    split_projections(model)
+    want = model(**batch(), output_hidden_states=True)
+    for name in ("encoder_hidden_states", "hidden_states"):
+        for one, other in zip(found[name], want[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", ["fc1", "fc2", "final_layer_norm", "self_attn.out_proj", "self_attn_layer_norm"])
+def test_any_part_of_an_encoder_layer_can_be_trained(trained, as_on_a_gpu):
+    gradients = []
+    for _ in range(2):
+        model = new_stack("llama").double().eval().requires_grad_(False)
+        part = model.nllb_encoder.layers[0].get_submodule(trained).requires_grad_()
+        model(**batch()).pooler_output.square().sum().backward()
+        gradients.append(part.weight.grad)
+        as_on_a_gpu.undo()
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

@@ -24,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from mtllm_fast.models.linear import accumulate, accumulates, gated, joint_product, linear, onednn_serves, project
 from mtllm_fast.models.lora import idle_base
 from mtllm_fast.models.norms import add_norm, norm, norm_of
+from mtllm_fast.models.plain import is_layer_norm
 from mtllm_fast.ops.lora_linear import RmsNormed
 from mtllm_fast.ops.rope import rope, rope_qkv
 from mtllm_fast.ops.varlen_attention import varlen_attention
@@ -108,9 +109,11 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
 
     def _fused(self, residual: Tensor, attended: Tensor) -> Tensor:
         """What follows attention. fc2's product goes onto the sum in place where it can, its bias ahead of it."""
-        in_place = accumulates(self.fc2, attended)
+        following, before = self.final_layer_norm, self.self_attn.out_proj
+        trained = (residual, *before.parameters(), *following.parameters())
+        in_place = is_layer_norm(following) and accumulates(self.fc2, attended, *trained)  # a hook may keep the sum
         bias = self.fc2.bias if in_place else None
-        normed, summed, _ = _add_then_norm(self.self_attn.out_proj, attended, residual, self.final_layer_norm, bias)
+        normed, summed, _ = _add_then_norm(before, attended, residual, following, bias)
         inner = linear(self.fc1, normed, activation=self.activation_fn)
         return accumulate(self.fc2, inner, summed) if in_place else linear(self.fc2, inner, plus=summed)
 
@@ -131,7 +134,8 @@ class _PackedDecoderLayer:
         normed, summed, source = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following)
         mlp = self.mlp
         inner, made_of = gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed, source)
-        if accumulates(mlp.down_proj, inner) and mlp.down_proj.bias is None:
+        # The sum may be written over if only our norm has seen it: a hook may have kept it.
+        if source is not None and accumulates(mlp.down_proj, inner) and mlp.down_proj.bias is None:
             return accumulate(mlp.down_proj, inner, summed)
         return linear(mlp.down_proj, inner, plus=summed, source=made_of)
 

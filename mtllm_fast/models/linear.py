@@ -108,11 +108,14 @@ def gated(
     return swiglu(whole), Gated(*whole.chunk(2, dim=-1))
 
 
-def accumulates(module: nn.Module, x: Tensor) -> bool:
-    """Whether ``accumulate`` serves: a product that the device adds onto what is there, without a pass of its own."""
+def accumulates(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
+    """Whether ``accumulate`` serves: a product that the device adds onto what is there, without a pass of its own.
+
+    Not where autograd records x, the module or one of ``others``, what the sum is made of.
+    """
     if x.is_cpu or torch.compiler.is_compiling() or autocast_dtype(x) is not None:
         return False
-    return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters())
+    return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters(), *others)
 
 
 def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
