@@ -40,13 +40,21 @@ if TYPE_CHECKING:
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
     from mtllm_fast.training.collator import DataCollatorForSelfDistillation as DataCollatorForSelfDistillation
+    from mtllm_fast.training.distill import DistillResult as DistillResult
+    from mtllm_fast.training.distill import distill as distill
+    from mtllm_fast.training.distill import training_arguments as training_arguments
+    from mtllm_fast.training.distillation_trainer import SelfDistillationTrainer as SelfDistillationTrainer
     from mtllm_fast.training.least_squares import init_up_proj_least_squares as init_up_proj_least_squares
+    from mtllm_fast.training.prepare import prepare_llm as prepare_llm
+    from mtllm_fast.training.recipes import DistillArguments as DistillArguments
     from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation as MTLLMForSelfDistillation
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DataCollatorForSelfDistillation": "mtllm_fast.training.collator",
+    "DistillArguments": "mtllm_fast.training.recipes",
+    "DistillResult": "mtllm_fast.training.distill",
     "MTLLM": "mtllm_fast.models",
     "MTLLMConfig": "mtllm_fast.configuration",
     "MTLLMForMultipleChoice": "mtllm_fast.models",
@@ -54,9 +62,11 @@ _HOME = {
     "MTLLMForSequenceClassification": "mtllm_fast.models",
     "MTLLMForTokenClassification": "mtllm_fast.models",
     "DistillationLoss": "mtllm_fast.ops.distillation_loss",
+    "SelfDistillationTrainer": "mtllm_fast.training.distillation_trainer",
     "SpanAlignment": "mtllm_fast.text.alignment",
     "align_spans": "mtllm_fast.text.alignment",
     "bias_relu": "mtllm_fast.ops.bias_relu",
+    "distill": "mtllm_fast.training.distill",
     "distillation_loss": "mtllm_fast.ops.distillation_loss",
     "embed_tokens": "mtllm_fast.ops.embed_tokens",
     "explain": "mtllm_fast.ops",
@@ -64,12 +74,14 @@ _HOME = {
     "languages": "mtllm_fast.text.languages",
     "layer_norm": "mtllm_fast.ops.layer_norm",
     "norm_pool": "mtllm_fast.ops.norm_pool",
+    "prepare_llm": "mtllm_fast.training.prepare",
     "rms_norm": "mtllm_fast.ops.rms_norm",
     "rope": "mtllm_fast.ops.rope",
     "rope_qkv": "mtllm_fast.ops.rope",
     "quantize_rows": "mtllm_fast.ops.quantize_rows",
     "stack_projection": "mtllm_fast.ops.stack_projection",
     "swiglu": "mtllm_fast.ops.swiglu",
+    "training_arguments": "mtllm_fast.training.distill",
     "token_kl_loss": "mtllm_fast.ops.token_kl_loss",
     "varlen_attention": "mtllm_fast.ops.varlen_attention",
 }

@@ -19,7 +19,7 @@ import numpy as np
 from mtllm_fast.core.settings import CACHE, cache_dir
 
 if TYPE_CHECKING:
-    from transformers import NllbTokenizer
+    from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
 _FOLDER = "tiny-1"  # new name whenever the files below would change
 _BPE_VOCABULARY = 2869  # + <mask> + 202 codes = 3072
@@ -203,3 +203,38 @@ def _shapes() -> dict[str, tuple[int, ...]]:
             f"{layer}.post_attention_layernorm.weight": (D,),
         }
     return shapes
+
+
+def tiny_llm_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for the tiny stack's LLM, whose checkpoint brings none: byte-level BPE of 512 tokens, BOS first."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=_CONFIG["llm2vec_config"]["vocab_size"], special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    bpe.train_from_iterator(article_1().values(), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_documents() -> list[str]:
+    """About 1,300 paragraphs of English that every Python brings: its own reference manual, in a fixed order.
+
+    Raises:
+        ValueError: a Python that was stripped of ``pydoc_data``.
+    """
+    import random
+    import re
+
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ValueError("this Python has no pydoc_data, the embedded texts: give texts of your own") from None
+    paragraphs = (" ".join(part.split()) for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name]))
+    documents = [text for text in paragraphs if len(text) > 60 and text[0].isalpha()]
+    random.Random(0).shuffle(documents)
+    return documents

@@ -96,48 +96,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
-class Flops(NamedTuple):
-    """Of one forward pass, 2 per multiply-add. Norms and activations are not counted."""
-
-    encoder: float
-    up_proj: float
-    llm_linear: float
-    llm_attention: float
-
-
-def forward_flops(stack: Stack, lengths: IdArray) -> Flops:
-    """FLOPs of texts of these lengths, from the configs.
-
-    Per token: ``2 (4 d^2 + 2 d ffn)`` per encoder layer, ``2 d D``, and ``2 (D (H + 2 KV) hd + H hd D + 3 D ffn)`` per
-    LLM layer; plus attention's two products, ``4 L width`` per token and layer.
-    """
-    enc, llm = stack.encoder.config, stack.llm.config
-    d, D = enc.d_model, llm.hidden_size
-    head_dim = getattr(llm, "head_dim", None) or D // llm.num_attention_heads
-    q_width, kv_width = llm.num_attention_heads * head_dim, llm.num_key_value_heads * head_dim
-    encoder_layer = 2 * (4 * d * d + 2 * d * enc.encoder_ffn_dim)
-    llm_layer = 2 * (D * (q_width + 2 * kv_width) + q_width * D + 3 * D * llm.intermediate_size)
-    L = lengths.astype(np.float64)
-    tokens, pairs = float(L.sum()), float((L * L).sum())
-    return Flops(
-        encoder=enc.encoder_layers * (encoder_layer * tokens + 4 * d * pairs),
-        up_proj=2 * d * D * tokens,
-        llm_linear=llm.num_hidden_layers * llm_layer * tokens,
-        llm_attention=llm.num_hidden_layers * 4 * q_width * pairs,
-    )
-
-
 def encode_flops(stack: Stack, lengths: IdArray) -> float:
     """FLOPs of encoding texts of these lengths."""
-    return sum(forward_flops(stack, lengths))
+    return sum(forward_flops(stack.encoder.config, stack.llm.config, *_tokens_and_pairs(lengths)))
 
 
-def step_flops(stack: Stack, lengths: IdArray) -> float:
-    """FLOPs of a step of self-distillation on texts of these lengths on both sides: the teacher's and the student's
-    forward, and the student's backward, in which frozen weights have no gradient of their own (LoRA's products, which
-    are small, are not counted, and nothing is computed twice)."""
-    forward = forward_flops(stack, lengths)
-    return forward.encoder + 2 * forward.up_proj + 3 * forward.llm_linear + 4 * forward.llm_attention
+def train_step_flops(stack: Stack, lengths: IdArray) -> float:
+    """FLOPs of a step of self-distillation on texts of these lengths on both sides."""
+    counts = _tokens_and_pairs(lengths)
+    return step_flops(stack.encoder.config, stack.llm.config, *counts, *counts)
+
+
+def _tokens_and_pairs(lengths: IdArray) -> tuple[float, float]:
+    L = lengths.astype(np.float64)
+    return float(L.sum()), float((L * L).sum())
 
 
 def memory_bandwidth(device: torch.device, repeats: int = 5) -> float:

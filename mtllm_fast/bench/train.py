@@ -12,7 +12,7 @@ import torch
 from mtllm_fast.bench.counting import peak_bytes
 from mtllm_fast.bench.facts import facts
 from mtllm_fast.bench.gate import StepGate
-from mtllm_fast.bench.measure import gemm_ceiling, interleave, spread, step_flops
+from mtllm_fast.bench.measure import gemm_ceiling, interleave, spread, train_step_flops
 from mtllm_fast.bench.options import BenchOptions
 from mtllm_fast.bench.peers import Peer
 from mtllm_fast.bench.runner import SCHEMA, Say, summarise
@@ -74,7 +74,7 @@ def run_train(options: BenchOptions, say: Say) -> dict[str, Any]:
     ceiling = gemm_ceiling(train.device, train.dtype)
     say(f"timing {len(runnable)} peers in {options.rounds} interleaved rounds")
     timings = interleave(runnable, options.rounds or 1, train.device)
-    flops = step_flops(train.stack, batch.lengths)
+    flops = train_step_flops(train.stack, batch.lengths)
     for peer in runnable:
         rows[peer.name].update(summarise(peer, timings[peer.name], flops, ceiling))
         rows[peer.name]["peak_bytes"] = rows[peer.name].pop("step_bytes")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mtllm_fast.core.errors import CudaKernelError, NotBidirectionalError
+from mtllm_fast.core.errors import BatchTooLargeError, CudaKernelError, NotBidirectionalError
 
 app = typer.Typer(
     name="mtllm-fast",
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_EXPECTED_ERRORS = (ValueError, OSError, CudaKernelError, NotBidirectionalError)
+_EXPECTED_ERRORS = (ValueError, OSError, CudaKernelError, NotBidirectionalError, BatchTooLargeError)
 
 
 class Dtype(str, Enum):
@@ -132,6 +132,31 @@ def evaluate(
             out=out,
         )
     )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def distill(context: typer.Context) -> None:
+    """Stage 1: train a stack of your own on texts of a language that the LLM knows; resumes what a kill interrupted.
+
+    `mtllm-fast distill --help` lists the options, transformers.TrainingArguments' among them.
+    """
+    from mtllm_fast.cli.distill import run
+
+    run(context.args)
+
+
+@app.command()
+def prepare_llm(
+    llm: Annotated[str, typer.Argument(help="Decoder LLM: folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    adapter: Annotated[list[str], typer.Option(help="LoRA to merge: folder or hub id; several in training's order.")],
+    dtype: Annotated[Dtype, typer.Option(help="Format of the result; auto is the LLM's.")] = Dtype.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Merge LoRA adapters (MNTP, SimCSE, …) into an LLM, to a folder that distill takes."""
+    from mtllm_fast.training.prepare import prepare_llm as prepare
+
+    prepare(llm, adapter, out, dtype=dtype.value, overwrite=overwrite)
 
 
 @app.command()

@@ -31,3 +31,7 @@ class NotBidirectionalError(RuntimeError):
 
 class WrongResultError(RuntimeError):
     """A benchmarked path computed something else than the reference, so its speed is not reported."""
+
+
+class BatchTooLargeError(RuntimeError):
+    """A training step ran out of memory; the message says how large its batch was and what to lower."""

@@ -113,9 +113,11 @@ class MTLLMForSelfDistillation(nn.Module):
             raise TypeError(f"stack must be an MTLLM, plain or wrapped by PEFT, got {type(self.stack).__name__}")
         return model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Of the stack; a ``Trainer`` calls it."""
-        self.mtllm.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Of the stack; a ``Trainer`` calls it, recent ones with more options."""
+        self.mtllm.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self.mtllm.gradient_checkpointing_disable()
@@ -134,6 +136,8 @@ class MTLLMForSelfDistillation(nn.Module):
         encoder_max_seqlen: int | None = None,
         teacher_pooled: Tensor | None = None,
         teacher_spans: Tensor | None = None,
+        sequence_share: float = 1.0,
+        span_share: float = 1.0,
         return_loss: bool = True,
     ) -> SelfDistillationOutput:
         """The loss of one batch. ``DataCollatorForSelfDistillation`` makes its arguments from texts.
@@ -147,6 +151,8 @@ class MTLLMForSelfDistillation(nn.Module):
                 default mask: wherever they are not the padding id).
             spans: which packed tokens say the same, from ``align_spans``; needed where ``span_weight`` is not 0.
             return_loss: changes nothing; it tells a ``Trainer`` that evaluation has a loss without labels.
+            sequence_share, span_share: factors of the two terms of ``loss``, for a batch that is a part of a larger one:
+                with n of its N texts and m parts, ``n m / N``, so that the mean of the parts' losses is the whole's.
             teacher_pooled: ``[N, D]`` instead of ``input_ids``: what the teacher said of these texts before, and
                 ``teacher_spans`` ``[S, D]`` where spans are used.
 
@@ -187,7 +193,8 @@ class MTLLMForSelfDistillation(nn.Module):
             teacher |= _csr(spans.to(side.states.device), known=input_ids is None)
         out = distillation_loss(
             side.states, side.weight, side.cu_seqlens, eps=side.eps, **teacher,
-            sequence_weight=self.sequence_weight, span_weight=self.span_weight, **self.options,
+            sequence_weight=self.sequence_weight * sequence_share, span_weight=self.span_weight * span_share,
+            **self.options,
         )  # fmt: skip
         return SelfDistillationOutput(**out._asdict())
 

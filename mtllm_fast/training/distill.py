@@ -1,0 +1,255 @@
+"""``distill``: stage 1 of MT-LLM from texts to a stack, resumable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from mtllm_fast.core.errors import CheckpointError
+from mtllm_fast.training.batching import StreamingBatches
+from mtllm_fast.training.checkpoints import all_checkpoints, newest
+from mtllm_fast.training.collator import DataCollatorForSelfDistillation
+from mtllm_fast.training.curve import plot_curve
+from mtllm_fast.training.distillation_trainer import SelfDistillationTrainer
+from mtllm_fast.training.recipes import DistillArguments
+from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation
+from mtllm_fast.training.stacks import (
+    add_lora,
+    build_stack,
+    initialise,
+    load_tokenizers,
+    save_merged,
+    save_result,
+)
+from mtllm_fast.training.streams import DocumentStream, open_documents
+from mtllm_fast.training.trainer import load_trained, whole_weights
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger("mtllm_fast")
+
+_SETTINGS = "distill.json"
+# What may differ between a run and its resumption: it shapes no number of the steps still to come.
+_FREE = {"merge", "overwrite"}
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What ``distill`` wrote.
+
+    Attributes:
+        output_dir: ``final/`` (adapter, ``up_proj.safetensors``), ``merged/`` if asked for, ``log.json``, ``curve.png``
+            (with matplotlib), and the last checkpoints.
+        steps: how many there were, resumed ones included.
+        log: every line that the Trainer logged.
+        metrics: of ``eval_data`` at the end; empty without.
+    """
+
+    output_dir: Path
+    steps: int
+    log: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+def training_arguments(arguments: DistillArguments, output_dir: str | os.PathLike[str], **overrides: Any) -> Any:
+    """``transformers.TrainingArguments`` of a recipe, each of which ``overrides`` may replace."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(**{"output_dir": os.fspath(output_dir), **arguments.recipe.trainer, **overrides})
+
+
+def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | None = None) -> DistillResult:
+    """Train ``up_proj`` and LoRA so that the stack says of a text what its LLM says of it (arXiv 2406.12739, stage 1).
+
+    An ``output_dir`` that holds a run of the same arguments is resumed from its newest whole checkpoint; on a CPU what
+    comes out is the same bit for bit. Started by ``torchrun`` or ``accelerate launch``, every process takes its part of
+    the documents and of each step's batch.
+
+    Args:
+        arguments: what to train on what.
+        trainer_arguments: how: steps, learning rate, precision, reporting, FSDP, …; see ``training_arguments``, which
+            makes those of the recipe (default, in ``./distilled``).
+
+    Returns:
+        DistillResult: where everything is, and the log.
+
+    Raises:
+        ValueError: arguments that do not fit together; data without the column, without texts, …
+        FileExistsError: ``output_dir`` holds a run with other arguments.
+        BatchTooLargeError: a step does not fit into memory.
+
+    Example:
+
+        >>> import tempfile
+        >>> from mtllm_fast import DistillArguments, distill, training_arguments
+        >>> arguments = DistillArguments(preset="tiny", documents_per_batch=2, init_documents=8, eval_documents=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     how = training_arguments(arguments, folder, max_steps=1, disable_tqdm=True)
+        ...     result = distill(arguments, how)
+        >>> result.steps, sorted(result.metrics)[:2]
+        (1, ['eval_cosine', 'eval_fvu'])
+    """
+    arguments.check()
+    how = trainer_arguments or training_arguments(arguments, "distilled")
+    output = Path(how.output_dir)
+    checkpoint = _checkpoint_to_resume(arguments, how, output)
+    if arguments.merge and how.fsdp:
+        raise ValueError("merge needs whole weights: give the same command again with merge, in one process")
+    per_batch = arguments.documents_per_process(how.world_size, how.gradient_accumulation_steps)
+    documents = _documents(arguments, how)
+    held_out = _held_out(arguments)
+    set_seed(how.seed)  # LoRA's first weights are drawn before the Trainer, which would do it, is there
+    model = build_stack(arguments)
+    if str(model.dtype) == "torch.bfloat16" and not how.bf16:
+        raise ValueError("the frozen weights are bfloat16: set bf16 (autocast), or dtype=float32")
+    tokenizers = load_tokenizers(arguments, model)
+    if checkpoint is None:
+        initialise(arguments, model, _first_documents(arguments), tokenizers)
+    wrapped = add_lora(arguments, model)
+    weights = _loss_weights(arguments)
+    joint = MTLLMForSelfDistillation(model, **weights)
+    collate = DataCollatorForSelfDistillation(
+        *tokenizers, src_lang=arguments.src_lang, max_length=arguments.max_length,
+        spans=weights["span_weight"] > 0, only_overlapping_tokens=not arguments.all_spans,
+    )  # fmt: skip
+    batches = StreamingBatches(
+        documents, collate, documents_per_batch=per_batch, tokens_per_batch=arguments.tokens_per_batch
+    )
+    eval_batches = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
+    trainer = SelfDistillationTrainer(joint, how, train_dataset=batches, eval_dataset=eval_batches or None)
+    _write_settings(arguments, how, output)
+    finished = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= how.max_steps
+    if finished:
+        load_trained(checkpoint, joint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    else:
+        if eval_batches and checkpoint is None:
+            trainer.evaluate()  # the curve begins where least squares ended
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = trainer.evaluate() if eval_batches else {}
+    return _finish(arguments, trainer, wrapped, tokenizers[1], metrics)
+
+
+def _loss_weights(arguments: DistillArguments) -> dict[str, float]:
+    recipe = arguments.recipe
+    given = {"sequence_weight": arguments.sequence_weight, "span_weight": arguments.span_weight}
+    return {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
+
+
+def _documents(arguments: DistillArguments, how: TrainingArguments) -> DocumentStream:
+    seed = how.data_seed if how.data_seed is not None else how.seed
+    return open_documents(
+        _sources(arguments), text_column=arguments.text_column, split=arguments.split,
+        seed=seed if arguments.shuffle else None, rank=how.process_index, world_size=how.world_size,
+    )  # fmt: skip
+
+
+def _sources(arguments: DistillArguments) -> Any:
+    if arguments.data:
+        return arguments.data if len(arguments.data) > 1 else arguments.data[0]
+    from mtllm_fast.tiny import tiny_documents
+
+    return _as_dataset(tiny_documents()[: -arguments.eval_documents])
+
+
+def _as_dataset(texts: list[str]) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("training needs datasets: pip install 'mtllm-fast[train]'") from None
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+def _first_documents(arguments: DistillArguments) -> Iterable[str]:
+    """In their order, the same on every process."""
+    return open_documents(_sources(arguments), text_column=arguments.text_column, split=arguments.split, epochs=1)
+
+
+def _held_out(arguments: DistillArguments) -> list[str]:
+    if not arguments.eval_data:
+        from mtllm_fast.tiny import tiny_documents
+
+        return [] if arguments.data else tiny_documents()[-arguments.eval_documents :]
+    source = arguments.eval_data if len(arguments.eval_data) > 1 else arguments.eval_data[0]
+    stream = iter(open_documents(source, text_column=arguments.text_column, epochs=1))
+    return [text for text, _ in zip(stream, range(arguments.eval_documents), strict=False)]
+
+
+def _settings(arguments: DistillArguments, how: TrainingArguments) -> dict[str, Any]:
+    """What shapes the numbers of a run."""
+    trainer = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "seed", "data_seed", "bf16")
+    trainer += ("gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    trainer += ("max_grad_norm",)
+    own = {name: value for name, value in asdict(arguments).items() if name not in _FREE}
+    shaped = own | {name: getattr(how, name) for name in trainer}
+    return json.loads(json.dumps(shaped, default=str))
+
+
+def _checkpoint_to_resume(arguments: DistillArguments, how: TrainingArguments, output: Path) -> Path | None:
+    file = output / _SETTINGS
+    if arguments.overwrite:
+        if how.should_save:
+            _discard(output)
+        return None
+    if not file.exists():
+        if all_checkpoints(output):
+            raise FileExistsError(f"{output} holds checkpoints of something else: choose another output_dir")
+        return None
+    before, now = json.loads(file.read_text(encoding="utf-8")), _settings(arguments, how)
+    different = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    if different:
+        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in different)
+        raise FileExistsError(f"{output} holds another run: {changes}. overwrite starts anew")
+    found = newest(output)
+    if found.path is None and found.rejected:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in found.rejected.items())
+        raise CheckpointError(f"{output}: no checkpoint is whole ({reasons}). overwrite starts anew")
+    if found.path is not None:
+        logger.warning("resuming from %s", found.path)
+    return found.path
+
+
+def _discard(output: Path) -> None:
+    import shutil
+
+    for path in (*all_checkpoints(output), output / "final", output / "merged"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (_SETTINGS, "log.json", "curve.png"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _write_settings(arguments: DistillArguments, how: TrainingArguments, output: Path) -> None:
+    if how.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_json(output / _SETTINGS, _settings(arguments, how))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _finish(
+    arguments: DistillArguments, trainer: SelfDistillationTrainer, wrapped: Any, encoder_tokenizer: Any,
+    metrics: dict[str, float],
+) -> DistillResult:  # fmt: skip
+    output, log = Path(trainer.args.output_dir), list(trainer.state.log_history)
+    weights = whole_weights(trainer.model)
+    if trainer.args.should_save:
+        save_result(arguments, wrapped, weights, output)
+        _write_json(output / "log.json", log)
+        plot_curve(log, output / "curve.png")
+        if arguments.merge:
+            save_merged(trainer.accelerator.unwrap_model(trainer.model).mtllm, wrapped, encoder_tokenizer, output)
+    return DistillResult(output, trainer.state.global_step, log, metrics)
