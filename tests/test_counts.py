@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaModel
 
@@ -46,22 +47,54 @@ class Counter(counting._Counter):
         return sum(moved for name, (_, moved) in self.by_op.items() if name not in (*PRODUCTS, ATTENTION))
 
 
+def stack_of_8b(residual: bool = False):
+    """The 8B stack as it is after ``fuse()`` on a GPU, and its composite; there are no values that a check could compare."""
+    model = sizes.make_stack("8b", torch.device("meta"), torch.bfloat16, 0).model
+    merge_projections(model)
+    columns = sum(getattr(model.llm2vec.layers[0].self_attn, f"{name}_proj").out_features for name in "qkv")
+    shape = columns, model.config.nllb_config.d_model
+    weight, rest = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    composite = Composite(weight, torch.empty(columns, device="meta"), residual=rest if residual else None)
+    model.composite = lambda states: composite
+    return model, composite
+
+
+def encode(model) -> None:
+    ids = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
+    cu_seqlens = torch.zeros(TOKENS // LENGTH + 1, dtype=torch.int32, device="meta")
+    model.encode_packed(ids, cu_seqlens, LENGTH)
+
+
 @pytest.fixture(scope="module")
 def counted():
     """``encode_packed`` of the 8B stack as it runs after ``fuse()`` on a GPU."""
-    stack = sizes.make_stack("8b", torch.device("meta"), torch.bfloat16, 0)
-    model = stack.model
-    merge_projections(model)
-    columns = sum(getattr(model.llm2vec.layers[0].self_attn, f"{name}_proj").out_features for name in "qkv")
-    weight = torch.empty(columns, model.config.nllb_config.d_model, device="meta", dtype=torch.bfloat16)
-    composite = Composite(weight, torch.empty(columns, device="meta"))
-    model.composite = lambda states: composite  # there are no values that a check could compare
-    ids = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
-    cu_seqlens = torch.zeros(TOKENS // LENGTH + 1, dtype=torch.int32, device="meta")
+    model, _ = stack_of_8b()
     counter = Counter({id(parameter) for parameter in model.parameters()})
     with torch.no_grad(), counter:
-        model.encode_packed(ids, cu_seqlens, LENGTH)
+        encode(model)
     return counter
+
+
+def peak(model) -> int:
+    """Bytes that live at once at most while it encodes, its weights included."""
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with torch.no_grad(), tracker:
+        encode(model)
+    return tracker.get_tracker_snapshot("peak")[torch.device("meta")]["Total"]
+
+
+def test_no_weight_is_held_twice():
+    """Peak memory of the fused model: at most 1.02 of the parameters' and the activations' of the plain one.
+
+    The larger composite is counted, though q, k and v of the first layer, which it replaces, go to the host.
+    """
+    plain = sizes.make_stack("8b", torch.device("meta"), torch.bfloat16, 0).model
+    fused, composite = stack_of_8b(residual=True)
+    derived = sum(t.nbytes for t in (composite.weight, composite.bias, composite.residual) if t is not None)
+    weights = sum(parameter.nbytes for parameter in plain.parameters())
+    allowed = 1.02 * peak(plain)
+    assert weights < peak(fused) + derived <= allowed
 
 
 def test_launches_of_encode(counted):
