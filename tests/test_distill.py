@@ -189,7 +189,9 @@ def test_two_processes_are_one(kind, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(PROGRAM), str(tmp_path / "two"), json.dumps(options), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((tmp_path / "two" / "log.json").read_text())
     for ours, theirs in zip(losses(log), losses(one.log), strict=True):

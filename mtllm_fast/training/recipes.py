@@ -63,7 +63,9 @@ class DistillArguments:
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     split: str = field(default="train", metadata={"help": "Split of a datasets name."})
     src_lang: str = field(default="eng_Latn", metadata={"help": "Language of the texts, which the LLM must know."})
-    shuffle: bool = field(default=False, metadata={"help": "Shuffle the documents, by the Trainer's data_seed or seed."})
+    shuffle: bool = field(
+        default=False, metadata={"help": "Shuffle the documents, by the Trainer's data_seed or seed."}
+    )
     preset: str = field(default="paper", metadata={"help": f"Recipe: {', '.join(RECIPES)}.", "choices": [*RECIPES]})
     sequence_weight: float | None = field(default=None, metadata={"help": "Of the loss of texts. (default: preset's)"})
     span_weight: float | None = field(default=None, metadata={"help": "Of the loss of spans. (default: preset's)"})

@@ -69,7 +69,10 @@ class ResumableTrainer(Trainer):
         if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             # Accelerate forgets about FSDP where there is no GPU, and would run DDP in its place without a word.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            for state in (self.accelerator.state, PartialState()):  # the former takes the latter's values again and again
+            for state in (
+                self.accelerator.state,
+                PartialState(),
+            ):  # the former takes the latter's values again and again
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
@@ -134,7 +137,9 @@ class ResumableTrainer(Trainer):
                 weights[f"weights/{name}"] = weight.detach().cpu().contiguous()
                 states[name] = state
         tree, tensors = pack(states, "optimizer")
-        _write(folder, f"trained-{self._part(index)}", {"states": tree, "groups": pack(groups, "")[0]}, weights | tensors)
+        _write(
+            folder, f"trained-{self._part(index)}", {"states": tree, "groups": pack(groups, "")[0]}, weights | tensors
+        )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         return getattr(self.optimizer, "optimizer", self.optimizer).state.get(parameter, {})
@@ -253,15 +258,15 @@ def load_trained(folder: str | Path, model: nn.Module) -> None:
     """
     weights, parameters = read_trained(folder), dict(trained_parameters(model))
     if missing := sorted(parameters.keys() - weights.keys()):
-        raise CheckpointError(f"{folder}: no weights of {missing[0]} and {len(missing) - 1} more, which are trained here")
+        raise CheckpointError(
+            f"{folder}: no weights of {missing[0]} and {len(missing) - 1} more, which are trained here"
+        )
     if extra := sorted(weights.keys() - parameters.keys()):
         raise CheckpointError(f"{folder}: holds {extra[0]} and {len(extra) - 1} more, which are not trained here")
     with torch.no_grad():
         for name, parameter in parameters.items():
             if weights[name].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{folder}: {name} is {list(weights[name].shape)}, needs {list(parameter.shape)}"
-                )
+                raise CheckpointError(f"{folder}: {name} is {list(weights[name].shape)}, needs {list(parameter.shape)}")
             parameter.copy_(_like(weights[name], parameter))
 
 
