@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,11 +62,11 @@ class TextTable:
             where = f"{self.path}, {unit} {line}"
             text = record[self.text_column]
             if not isinstance(text, str):
-                raise ValueError(f"{where}: column {self.text_column!r} must hold text, got {_shown(text)}")
+                raise ValueError(f"{where}: column {self.text_column!r} must hold text, got {shown(text)}")
             identity = number if self.id_column is None else record[self.id_column]
             if not isinstance(identity, str | int) or isinstance(identity, bool):
                 raise ValueError(
-                    f"{where}: column {self.id_column!r} must hold strings or integers, got {_shown(identity)}"
+                    f"{where}: column {self.id_column!r} must hold strings or integers, got {shown(identity)}"
                 )
             if isinstance(identity, int) and not -(2**63) <= identity < 2**63:
                 raise ValueError(f"{where}: column {self.id_column!r} must fit 64 bits with a sign, got {identity}")
@@ -78,7 +78,7 @@ class TextTable:
         assert self.language_column is not None  # one of the two, says open_table
         code = record[self.language_column]
         if not isinstance(code, str):
-            raise ValueError(f"{where}: column {self.language_column!r} must hold a language code, got {_shown(code)}")
+            raise ValueError(f"{where}: column {self.language_column!r} must hold a language code, got {shown(code)}")
         try:
             return resolve_language(code)
         except UnknownLanguageError as error:
@@ -140,12 +140,8 @@ def open_table(
         Row(text='Habari', language='swh_Latn', id=0)
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        raise ValueError(f"{path}: must end in {', '.join(_READERS)}, got {suffix or 'no suffix'}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if suffix == ".txt" and (text_column or language_column or id_column):
+    _reader(path)
+    if path.suffix.lower() == ".txt" and (text_column or language_column or id_column):
         raise ValueError(f"{path}: a .txt has one text per line and no columns: give one language for all of it")
     if (language is None) == (language_column is None):
         raise ValueError("give the language of the texts: either one code for all, or the column that holds it")
@@ -156,6 +152,25 @@ def open_table(
         language_column=language_column,
         id_column=id_column,
     )
+
+
+def open_records(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of any table that ``open_table`` reads: the line number from 1, and at least ``columns``.
+
+    Raises:
+        FileNotFoundError: no such file, at once.
+        ValueError: another suffix, at once; a missing column, a malformed line, when it comes.
+    """
+    return _reader(Path(path))(Path(path), list(columns))
+
+
+def _reader(path: Path) -> Callable[[Path, list[str]], _Records]:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise ValueError(f"{path}: must end in {', '.join(_READERS)}, got {suffix or 'no suffix'}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return _READERS[suffix]
 
 
 _Records = Iterator[tuple[int, dict[str, Any]]]  # line number from 1, and at least the columns asked for
@@ -187,7 +202,7 @@ def _read_jsonl(path: Path, columns: list[str]) -> _Records:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, got {_shown(record)}")
+            raise ValueError(f"{path}, line {number}: must be a JSON object, got {shown(record)}")
         _check_columns(f"{path}, line {number}", columns, record)
         for column in columns:
             if isinstance(record[column], str) and not _is_unicode(record[column]):
@@ -248,6 +263,9 @@ _READERS: dict[str, Callable[[Path, list[str]], _Records]] = {
 }
 
 
+TABLE_SUFFIXES = tuple(_READERS)
+
+
 def _check_columns(where: str, columns: list[str], found: Any) -> None:
     missing = [column for column in columns if column not in found]
     if missing:
@@ -263,5 +281,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value's type and beginning, for an error."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -48,7 +48,7 @@ class Counter(counting._Counter):
 
 
 def stack_of_8b(residual: bool = False):
-    """The 8B stack as it is after ``fuse()`` on a GPU, and its composite; there are no values that a check could compare."""
+    """The 8B stack as it is after ``fuse()`` on a GPU, and its composite, which no values could be checked against."""
     model = sizes.make_stack("8b", torch.device("meta"), torch.bfloat16, 0).model
     merge_projections(model)
     columns = sum(getattr(model.llm2vec.layers[0].self_attn, f"{name}_proj").out_features for name in "qkv")

@@ -240,9 +240,12 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(options, message, tmp_path):
-    with pytest.raises((ValueError, OSError), match=message):
+    def run():
         arguments = small(**options)
         distill(arguments, how(arguments, tmp_path / "out"))
+
+    with pytest.raises((ValueError, OSError), match=message):
+        run()
     assert not (tmp_path / "out" / "distill.json").exists()
 
 

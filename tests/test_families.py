@@ -1,4 +1,4 @@
-"""Every LLM family on every NLLB encoder, at their real widths: the packed path runs, layer by layer as few launches."""
+"""Every LLM family on every NLLB encoder, at real widths: the packed path runs, with as few launches a layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ LLMS = {
     "mistral-7B": (MistralModel, MistralConfig, {**WIDE, "sliding_window": 4096}, 9),
     "qwen2-7B": (
         Qwen2Model, Qwen2Config,
-        {**HEADS, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}, 9,
+        {**HEADS, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
+        9,
     ),
     "qwen3-8B": (Qwen3Model, Qwen3Config, {**WIDE, "intermediate_size": 12288, "head_dim": 128}, 11),  # and q, k norms
 }  # fmt: skip

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from mtllm_fast.bench.peers import Peer
 from mtllm_fast.bench.sizes import Stack
 from mtllm_fast.bench.workloads import IdArray
+from mtllm_fast.models.flops import forward_flops, step_flops
 
 
 def synchronize(device: torch.device) -> None:

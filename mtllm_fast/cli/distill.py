@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -31,9 +32,10 @@ def parse(words: Sequence[str]) -> tuple[DistillArguments, TrainingArguments]:
     if preset is None:
         own = any(word.startswith(("--encoder", "--llm", "--model", "--data")) for word in words)
         preset = "paper" if own else "tiny"
+    both: Any = (DistillArguments, TrainingArguments)
     parser = HfArgumentParser(
-        (DistillArguments, TrainingArguments), prog="mtllm-fast distill", allow_abbrev=False,
-        description="Stage 1: self-distil an encoder and an LLM into one stack, on texts of a language that the LLM knows.",
+        both, prog="mtllm-fast distill", allow_abbrev=False,
+        description="Stage 1: self-distil an encoder and an LLM into one stack, on texts that the LLM understands.",
     )  # fmt: skip
     recipe = RECIPES.get(preset, RECIPES["paper"])  # an unknown one is refused below
     parser.set_defaults(output_dir="distilled", preset=preset, **recipe.trainer)

@@ -75,6 +75,7 @@ class DataCollatorForSelfDistillation:
             raise TypeError(f"max_length must be an int, got {type(max_length).__name__}")
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3 (language, one token, </s>), got {max_length}")
+        self.max_length = max_length
         self.spans = spans
         self.only_overlapping_tokens = only_overlapping_tokens
         self.complete = complete
@@ -101,7 +102,16 @@ class DataCollatorForSelfDistillation:
         texts = [self._text(index, example) for index, example in enumerate(examples)]
         if not texts:
             raise ValueError("examples must hold at least one text, got none")
-        llm, encoder = (_encode(own, texts) for own in (self._llm, self._encoder))
+        return self.pack(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> list[tuple[Encoding, Encoding]]:
+        """The tokens of each text for the LLM and for the encoder, truncated; ``pack`` makes batches of them."""
+        llm, encoder = (_encode(own, list(texts)) for own in (self._llm, self._encoder))
+        return list(zip(llm, encoder, strict=True))
+
+    def pack(self, tokenized: Sequence[tuple[Encoding, Encoding]]) -> dict[str, Any]:
+        """One batch of texts that ``tokenize`` has seen, together or not."""
+        llm, encoder = (list(side) for side in zip(*tokenized, strict=True))
         # accelerate takes a streamed batch's first tensor for its longest, and cuts the others to that length.
         longer_first = sorted((_packed("", llm), _packed("encoder_", encoder)), key=_tokens, reverse=True)
         batch = longer_first[0] | longer_first[1]

@@ -100,7 +100,7 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         (1, ['eval_cosine', 'eval_fvu'])
     """
     arguments.check()
-    how = trainer_arguments or training_arguments(arguments, "distilled")
+    how: Any = trainer_arguments or training_arguments(arguments, "distilled")
     output = Path(how.output_dir)
     checkpoint = _checkpoint_to_resume(arguments, how, output)
     if arguments.merge and how.fsdp:
@@ -117,10 +117,10 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         initialise(arguments, model, _first_documents(arguments), tokenizers)
     wrapped = add_lora(arguments, model)
     weights = _loss_weights(arguments)
-    joint = MTLLMForSelfDistillation(model, **weights)
+    joint = MTLLMForSelfDistillation(model, sequence_weight=weights[0], span_weight=weights[1])
     collate = DataCollatorForSelfDistillation(
         *tokenizers, src_lang=arguments.src_lang, max_length=arguments.max_length,
-        spans=weights["span_weight"] > 0, only_overlapping_tokens=not arguments.all_spans,
+        spans=weights[1] > 0, only_overlapping_tokens=not arguments.all_spans,
     )  # fmt: skip
     batches = StreamingBatches(
         documents, collate, documents_per_batch=per_batch, tokens_per_batch=arguments.tokens_per_batch
@@ -128,8 +128,7 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     eval_batches = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
     trainer = SelfDistillationTrainer(joint, how, train_dataset=batches, eval_dataset=eval_batches or None)
     _write_settings(arguments, how, output)
-    finished = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= how.max_steps
-    if finished:
+    if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= how.max_steps:
         load_trained(checkpoint, joint)
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     else:
@@ -140,10 +139,10 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     return _finish(arguments, trainer, wrapped, tokenizers[1], metrics)
 
 
-def _loss_weights(arguments: DistillArguments) -> dict[str, float]:
-    recipe = arguments.recipe
-    given = {"sequence_weight": arguments.sequence_weight, "span_weight": arguments.span_weight}
-    return {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
+def _loss_weights(arguments: DistillArguments) -> tuple[float, float]:
+    """Of texts and of spans."""
+    recipe, texts, spans = arguments.recipe, arguments.sequence_weight, arguments.span_weight
+    return recipe.sequence_weight if texts is None else texts, recipe.span_weight if spans is None else spans
 
 
 def _documents(arguments: DistillArguments, how: TrainingArguments) -> DocumentStream:
@@ -187,9 +186,10 @@ def _held_out(arguments: DistillArguments) -> list[str]:
 
 def _settings(arguments: DistillArguments, how: TrainingArguments) -> dict[str, Any]:
     """What shapes the numbers of a run."""
-    trainer = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "seed", "data_seed", "bf16")
-    trainer += ("gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    trainer += ("max_grad_norm",)
+    trainer = (
+        "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "seed", "data_seed", "bf16",
+        "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    )  # fmt: skip
     own = {name: value for name, value in asdict(arguments).items() if name not in _FREE}
     shaped = own | {name: getattr(how, name) for name in trainer}
     return json.loads(json.dumps(shaped, default=str))

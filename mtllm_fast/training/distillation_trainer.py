@@ -30,12 +30,10 @@ class SelfDistillationTrainer(ResumableTrainer):
     on every process. Batches may hold any number of texts: the loss of a step is the mean over all texts (spans) of
     its batches on all processes, whatever batch a text is in.
 
-    Logged beside the loss: its two terms, fvu (of the teacher's variance, and of the student's; over each batch, mean of
-    the batches), cosine, tokens/s of both sides, achieved TFLOP/s (products and attention; nothing that checkpointing computes again), peak memory in
-    GiB (of the GPU, or of the process), seconds left.
+    Logged beside the loss: its two terms, fvu (of the teacher's variance, and of the student's; over each batch, mean
+    of the batches), cosine, tokens/s of both sides, achieved TFLOP/s (products and attention; nothing that
+    checkpointing computes again), peak memory in GiB (of the GPU, or of the process), seconds left.
     """
-
-    model: MTLLMForSelfDistillation
 
     def __init__(self, model: MTLLMForSelfDistillation, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -87,7 +85,7 @@ class SelfDistillationTrainer(ResumableTrainer):
                 value = out[name].detach().double() * weight if weight else torch.zeros_like(out.loss).double()
                 self._sums[name] = self._sums.get(name, 0) + value
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
         """Of a batch; the Trainer asks once for each, with its tensors still on the host."""
         config = self.accelerator.unwrap_model(self.model).mtllm.config
         (encoder, encoder_pairs), (llm, llm_pairs) = (_tokens_and_pairs(inputs, side) for side in ("encoder_", ""))
@@ -126,17 +124,17 @@ class SelfDistillationTrainer(ResumableTrainer):
         self._since = (step, now)
         return logs
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             self.restore_data(resume_from_checkpoint)
         self._since = (0 if not resume_from_checkpoint else _step_of(resume_from_checkpoint), time.perf_counter())
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The loss and its figures over ``eval_dataset``, without dropout. Every process runs all of it."""
-        batches = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         sums: dict[str, Tensor | float] = {}
         counts = {name: sum(map(texts, batches)) for name in _OF_SENTENCES}
         counts |= {name: sum(map(spans, batches)) for name in _OF_SPANS}

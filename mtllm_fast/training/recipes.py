@@ -36,7 +36,8 @@ RECIPES = {
     # The embedded stack, in minutes on a CPU.
     "tiny": Recipe(
         0.5, 0.5, 32,
-        {**_TRAINER, "learning_rate": 1e-3, "max_steps": 300, "save_steps": 100, "eval_strategy": "steps", "eval_steps": 50},
+        {**_TRAINER, "learning_rate": 1e-3, "max_steps": 300, "save_steps": 100, "eval_strategy": "steps",
+         "eval_steps": 50},
     ),
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ class DistillArguments:
     up_proj_bias: bool = field(default=False, metadata={"help": "Give up_proj a bias, as the paper's first code."})
     init_documents: int = field(default=1024, metadata={"help": "Documents for least-squares."})
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA in all linear layers of the LLM."})
-    lora_alpha: float = field(default=32, metadata={"help": "LoRA's alpha."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA's dropout."})
     dtype: str = field(default="auto", metadata={"help": "Of frozen weights: auto (the LLM's), float32, bfloat16."})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM in NF4 by bitsandbytes."})

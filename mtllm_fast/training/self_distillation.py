@@ -151,8 +151,8 @@ class MTLLMForSelfDistillation(nn.Module):
                 default mask: wherever they are not the padding id).
             spans: which packed tokens say the same, from ``align_spans``; needed where ``span_weight`` is not 0.
             return_loss: changes nothing; it tells a ``Trainer`` that evaluation has a loss without labels.
-            sequence_share, span_share: factors of the two terms of ``loss``, for a batch that is a part of a larger one:
-                with n of its N texts and m parts, ``n m / N``, so that the mean of the parts' losses is the whole's.
+            sequence_share, span_share: factors of the two terms of ``loss`` in a part of a larger batch: with n of
+                its N texts (spans) and m parts ``n m / N``, so that the mean of the parts' losses is the whole's.
             teacher_pooled: ``[N, D]`` instead of ``input_ids``: what the teacher said of these texts before, and
                 ``teacher_spans`` ``[S, D]`` where spans are used.
 

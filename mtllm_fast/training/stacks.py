@@ -128,9 +128,10 @@ def save_merged(model: MTLLM, wrapped: PeftModel, encoder_tokenizer: Any, output
     if getattr(model.llm2vec, "is_quantized", False):
         raise ValueError("adapters of a 4-bit LLM cannot be merged without loss: merge them into the LLM in bfloat16")
     dtype = next(model.nllb_encoder.parameters()).dtype
-    model.llm2vec.float()
+    tower: Any = model.llm2vec
+    tower.float()
     wrapped.merge_and_unload()
-    model.to(dtype)
+    nn.Module.to(model, dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     folder = begin(output / "merged")

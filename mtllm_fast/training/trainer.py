@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` whose checkpoints hold what is trained and nothing else, are whole or absent, and free of pickle.
+"""``transformers.Trainer`` whose checkpoints hold what is trained alone, are whole or absent, and free of pickle.
 
 A checkpoint folder holds, for W processes:
 
@@ -33,6 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 
 from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.training.checkpoints import begin, finish, prune, unfinished
@@ -56,8 +57,17 @@ class ResumableTrainer(Trainer):
         CheckpointError: on resuming, a checkpoint of another model or number of processes.
     """
 
+    args: Any
+    model: Any
+    model_wrapped: Any
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # a library logs, and prints nothing
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
             raise ValueError(
@@ -76,12 +86,18 @@ class ResumableTrainer(Trainer):
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.args.disable_tqdm and self.is_world_process_zero():
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float | int))
+            logger.info("step %d of %d: %s", self.state.global_step, self.state.max_steps, figures)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.is_deepspeed_enabled:  # ZeRO shards the optimiser's state; DeepSpeed alone can save it
             super()._save_checkpoint(model, trial)
             return
         self.store_flos()
-        output = Path(self._get_output_dir(trial))
+        output = Path(str(self._get_output_dir(trial)))
         final = output / f"checkpoint-{self.state.global_step}"
         self._remember_best(output)
         if self.args.should_save:
@@ -116,7 +132,7 @@ class ResumableTrainer(Trainer):
     def _collect_callbacks(self) -> None:
         from transformers.trainer_callback import ExportableState
 
-        states = self.state.stateful_callbacks
+        states: Any = self.state.stateful_callbacks
         for callback in [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]:
             name = type(callback).__name__
             if isinstance(states.get(name), list):
@@ -205,7 +221,8 @@ class ResumableTrainer(Trainer):
         shared = unpack(json.loads((Path(checkpoint) / RUN).read_text(encoding="utf-8")), {})
         if shared["processes"] != self.args.world_size:
             raise CheckpointError(
-                f"{checkpoint} is of {shared['processes']} processes, this run has {self.args.world_size}: resume with as many"
+                f"{checkpoint} is of {shared['processes']} processes, this run has {self.args.world_size}: resume "
+                "with as many"
             )
         return shared
 
