@@ -79,8 +79,15 @@ def test_results_are_compared_and_differences_named(latency, tmp_path):
     assert text.count("2.00x") == 2
     assert "DIFFERS hardware.cpu" in text
     assert "same machine" in printed(comparison(tmp_path / "a.json", tmp_path / "a.json"))
-    (tmp_path / "c.json").write_text(json.dumps({"benchmark": "train", "peers": []}))
-    for bad, message in (("c.json", "nothing to compare"), ("none.json", "is no file")):
+    append_json(copy.deepcopy(latency) | {"benchmark": "train"}, tmp_path / "c.json")
+    (tmp_path / "d.json").write_text(json.dumps({"benchmark": "latency", "peers": []}))
+    (tmp_path / "e.json").write_text("[1]")
+    for bad, message in (
+        ("c.json", "nothing to compare"),
+        ("none.json", "is no file"),
+        ("d.json", "has no environment, execution, options"),
+        ("e.json", "has no benchmark"),
+    ):
         with pytest.raises(ValueError, match=message):
             comparison(tmp_path / "a.json", tmp_path / bad)
 

@@ -42,7 +42,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each fact about the two runs that is not the same."""
     lines = []
     for section in ("hardware", "versions"):
-        lines += _unequal(section, old["environment"][section], new["environment"][section])
+        lines += _unequal(section, old["environment"].get(section, {}), new["environment"].get(section, {}))
     lines += _unequal("execution", old["execution"], new["execution"])
     return lines + _unequal("options", old["options"], new["options"])
 
@@ -50,6 +50,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _unequal(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = sorted({*old, *new})
     return [f"DIFFERS {section}.{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+_NEEDED = ("benchmark", "peers", "environment", "execution", "options")
 
 
 def _last(path: Path) -> dict[str, Any]:
@@ -60,8 +63,9 @@ def _last(path: Path) -> dict[str, Any]:
         record = json.loads(lines[-1])
     except (IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no record of this benchmark: {error}") from error
-    if not isinstance(record, dict) or "peers" not in record:
-        raise ValueError(f"{path} holds no record of this benchmark")
+    missing = [name for name in _NEEDED if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise ValueError(f"{path} holds no record of this benchmark: it has no {', '.join(missing)}")
     return record
 
 

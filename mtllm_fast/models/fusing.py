@@ -177,17 +177,18 @@ class _Source(NamedTuple):
 def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
     """In-place edits through ``.data`` (PEFT merges so) leave no trace but the bits.
 
-    All of them are compared where that is little beside a forward: on a CPU, and once per ``encode``. A bare forward on
-    a GPU compares a sample of what is on the host.
+    All of them are compared where that is little beside a forward: on a CPU, and on a GPU once per ``encode``. Of what
+    lies on the host of a model on a GPU (50 MB at 8B, as long to read as one sentence takes) a sample is compared.
     """
     modules = tuple((id(module), *getattr(module, "merged_adapters", ())) for module in projections(model))
-    everything = thorough or model.up_proj.weight.device.type == "cpu"
+    on_cpu = model.up_proj.weight.device.type == "cpu"
     found = []
     for t in stack_weights(model).tensors():
         version = None if t.is_inference() else t._version
         identity = (modules, id(t), t.data_ptr(), version, t.dtype, t.device, tuple(t.shape))
         on_host = t.device.type == "cpu"
-        found.append(_Source(identity, checksum(t, 512) if on_host else None, checksum(t) if everything else None))
+        whole = on_cpu or (thorough and not on_host)
+        found.append(_Source(identity, checksum(t, 4096) if on_host else None, checksum(t) if whole else None))
     return tuple(found)
 
 

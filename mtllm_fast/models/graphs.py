@@ -6,7 +6,8 @@ of tokens, of sentences and of the longest sentence, and replayed for every batc
 to no sentence: empty sentences after the last one, and a dead tail of tokens that nothing reads. Not yet measured.
 
 Graphs read the parameters' live memory, so edits in place show. Before every replay the addresses and layouts of all
-tensors are compared with those at the capture: whatever has moved, been replaced or been fused drops all graphs.
+tensors are compared with those at the capture (``inspection.py``): whatever has moved, been replaced or been fused
+drops all graphs.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtllm_fast.core.dispatch import watched
-from mtllm_fast.models import fusing
 from mtllm_fast.models.inputs import PackedInputs
-from mtllm_fast.models.plain import is_hooked, is_rms_norm
+from mtllm_fast.models.inspection import Inspection, inspect
+from mtllm_fast.models.plain import is_rms_norm
 from mtllm_fast.models.towers import ATTENTION_BACKENDS, reserve_positions
 from mtllm_fast.packing import PackedLayout, position_ids_from_cu_seqlens
 
@@ -138,7 +139,7 @@ class GraphCache:
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._seen: set[tuple[Any, ...]] = set()
         self._backend: Any = None
-        self._memory: list[Any] | None = None
+        self._inspected: Inspection | None = None
         self._failure: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,11 +156,11 @@ class GraphCache:
                 self._backend.wait()
             self._graphs.clear()
             self._seen.clear()
-            self._backend = self._memory = self._failure = None
+            self._backend = self._inspected = self._failure = None
 
     def why_not(self, model: MTLLM) -> str | None:
         """Why batches of this model run without graphs, or None if small ones can have them."""
-        return _why_not(model) or self._failure or _inspect(model)[0]
+        return _why_not(model) or self._failure or inspect(model).reason
 
     def run(self, model: MTLLM, ids: np.ndarray, cu_seqlens: np.ndarray, output: str, at_once: bool) -> Tensor | None:
         """``model.pooled``, or ``model.hidden`` for ``output="tokens"``, of a packed batch; None: run it eagerly.
@@ -175,12 +176,13 @@ class GraphCache:
             if self._failure is not None:
                 return None
             reserve_positions(model.nllb_encoder, TOKENS[-1])  # a table that grows in a later batch would move
-            reason, memory = _inspect(model)
-            if reason is not None:
-                return None
-            if memory != self._memory:
-                self.release()
-                self._memory = memory
+            if self._inspected is None or not self._inspected.holds(model):
+                inspected = inspect(model)
+                if inspected.reason is not None:
+                    return None
+                if self._inspected is None or not inspected.is_same(self._inspected):
+                    self.release()
+                self._inspected = inspected
             key = (shape, output, *_baked_in(model))
             if not (at_once or key in self._graphs or key in self._seen):
                 self._seen.add(key)
@@ -284,49 +286,3 @@ def _why_not(model: MTLLM) -> str | None:
     if window is not None and window < TOKENS[-1]:
         return f"the LLM's sliding window of {window} is smaller than the largest graph, {TOKENS[-1]} tokens"
     return None
-
-
-def _inspect(model: MTLLM) -> tuple[str | None, list[Any]]:
-    """Why a module cannot be captured, or None; and what the captured kernels depend on: every tensor's address and
-    layout, every module's type."""
-    device = model.device
-    composite = None if model._fused is None else model._fused.composite
-    # fuse() puts the projections that a composite replaces on the host.
-    unread = set() if composite is None else {id(module) for module in fusing.projections(model)}
-    memory: list[Any] = [device]
-    if composite is not None:
-        memory += map(_address, (composite.weight, composite.bias, composite.residual, composite.qkv_bias))
-    waiting: list[nn.Module] = [model.nllb_encoder, model.up_proj, model.llm2vec]
-    while waiting:  # nn.Module.modules() takes several times as long, and this runs before every replay
-        module = waiting.pop()
-        state = module.__dict__
-        kind = type(module)
-        if not _is_plain(kind):
-            return f"{kind.__module__}.{kind.__qualname__} may do anything when it is called", memory
-        if is_hooked(module) or "forward" in state or state.get("_compiled_call_impl") is not None:
-            return f"a {kind.__name__} is hooked, patched or compiled", memory
-        memory.append(kind)
-        for tensors in (state["_parameters"], state["_buffers"]):
-            for name, tensor in tensors.items():
-                if tensor is None or id(module) in unread:
-                    continue
-                if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-                    return f"{name} of a {kind.__name__} is a {type(tensor).__name__}", memory
-                if tensor.device != device:
-                    return f"the model is on {device} and {tensor.device}", memory
-                memory.append(_address(tensor))
-        waiting.extend(child for child in state["_modules"].values() if child is not None)
-    return None, memory
-
-
-def _address(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-_PLAIN = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "mtllm_fast.")
-
-
-@functools.cache
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether calling such a module does what its parameters say and no more: no adapters, no quantised weights."""
-    return kind.__module__.startswith(_PLAIN)

@@ -268,7 +268,8 @@ class MTLLM(MTLLMPreTrainedModel):
         the modules do gives way to the next safer one. On a GPU q, k and v, gate and up of the other layers are laid
         side by side in memory, so that one product computes them, and the replaced q, k and v of the first layer go to
         the host (they stay parameters and are saved) until ``unfuse()``. Edits through ``.data`` of a tensor on a GPU
-        are seen by ``encode``, not by a bare forward; a compiled graph checks nothing: fuse again after such edits.
+        are seen by ``encode``, not by a bare forward; of those that went to the host a sample of values is compared; a
+        compiled graph checks nothing: fuse again after such edits.
 
         With a ``precision`` the LLM's other linear layers multiply in 8 bits, weights scaled per output channel and
         activations per token; the encoder, the up-projection, norms, attention and pooling keep the model's dtype.
