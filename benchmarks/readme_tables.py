@@ -57,6 +57,12 @@ def machine(record: dict[str, Any], file: Path) -> str:
     return f"{cpu}, {field(record, 'execution.cpu_capability', file)}"
 
 
+def on_a_gpu(record: dict[str, Any], file: Path) -> bool:
+    if "schema" in record:
+        return field(record, "execution.device", file) != "cpu"
+    return any("gpu" in field(entry, "extra_info", file) for entry in field(record, "benchmarks", file))
+
+
 def link(text: str, file: Path) -> str:
     return f"[{text}](benchmarks/results/{file.name})"
 
@@ -72,12 +78,12 @@ def rates(record: dict[str, Any], file: Path, names: dict[str, str]) -> list[str
     cells = []
     for name in names:
         peer = peers.get(name)
-        ok = peer is not None and peer["status"] == "ok"
+        ok = peer is not None and field(peer, "status", file) == "ok"
         cells.append(f"{field(peer, 'tokens_per_s.median', file):,.0f}" if ok else "–")
     for name, ratio in names.items():
         if ratio:
             value = None if ours is None or name not in peers else field(ours, ratio, file)
-            cells.append("–" if value is None else f"{value['median']:.2f}x")
+            cells.append("–" if value is None else f"{field(value, 'median', file):.2f}x")
     return cells
 
 
@@ -89,6 +95,7 @@ def throughput_tables(records: dict[Path, dict[str, Any]]) -> list[str]:
     encode = ["reference", "sorted", "ours", "of reference", "of sorted"]
     titles = {
         "throughput": ("Encoding, real tokens per second", ENCODE, encode),
+        "latency": ("One sentence, real tokens per second", ENCODE, encode),
         "train": ("A step of self-distillation, token pairs per second", TRAIN, ["reference", "ours", "of reference"]),
     }
     lines: list[str] = []
@@ -109,6 +116,14 @@ def throughput_tables(records: dict[Path, dict[str, Any]]) -> list[str]:
     if unknown:
         raise RecordError(f"{unknown[0].name}: no table for benchmark {records[unknown[0]]['benchmark']!r}")
     return lines
+
+
+def op_machine(record: dict[str, Any], file: Path) -> str:
+    """The GPU that the benchmark noted, or the CPU with the instructions that its file is named after."""
+    gpu = next((entry["extra_info"]["gpu"] for entry in record["benchmarks"] if "gpu" in entry["extra_info"]), None)
+    level = next((word for word in ("avx512", "avx2") if word in file.name), "")
+    cpu, count = (field(record, f"machine_info.cpu.{name}", file) for name in ("brand_raw", "count"))
+    return gpu or f"{cpu}, {count} CPUs, {level.upper()}"
 
 
 def op_rows(record: dict[str, Any], file: Path) -> list[str]:
@@ -138,14 +153,14 @@ def op_rows(record: dict[str, Any], file: Path) -> list[str]:
         ratio = in_turns.get(f"{case} {ours}")
         faster = f"{medians[baseline] / medians[ours]:.1f}x, one after the other" if ratio is None else f"{ratio:.1f}x"
         times = [f"{medians[name]:,.1f} ({name})" for name in (baseline, ours)]
-        lines.append(row([link(case, file), *times, faster]))
+        lines.append(row([op_machine(record, file), link(case, file), *times, faster]))
     return lines
 
 
 def op_table(records: dict[Path, dict[str, Any]]) -> list[str]:
     if not records:
         return []
-    head = ["op, case", "milliseconds", "ours", "faster by, measured in turns"]
+    head = ["machine", "op, case", "milliseconds", "ours", "faster by, measured in turns"]
     rows = [line for file, record in records.items() for line in op_rows(record, file)]
     return [
         "Single ops, forward and backward where the op has one:",
@@ -166,7 +181,7 @@ def tables(results: Path) -> str:
     runs = {file: record for file, record in records.items() if "schema" in record}
     ops = {file: record for file, record in records.items() if "schema" not in record}
     lines = throughput_tables(runs) + op_table(ops)
-    if all(field(record, "execution.device", file) == "cpu" for file, record in runs.items()):
+    if not any(map(on_a_gpu, records.values(), records)):
         lines.append("Nothing has been measured on a GPU yet.")
     return "\n".join([BEGIN, "", *lines, "", END])
 
@@ -198,4 +213,7 @@ def main(words: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RecordError as error:
+        sys.exit(f"error: {error}")

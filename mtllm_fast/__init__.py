@@ -36,6 +36,15 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.swiglu import swiglu as swiglu
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
+    from mtllm_fast.evaluation.evaluate import EvaluateArguments as EvaluateArguments
+    from mtllm_fast.evaluation.evaluate import evaluate as evaluate
+    from mtllm_fast.tasks.distill import DistillTaskArguments as DistillTaskArguments
+    from mtllm_fast.tasks.distill import distill_task as distill_task
+    from mtllm_fast.tasks.finetune import FinetuneArguments as FinetuneArguments
+    from mtllm_fast.tasks.finetune import finetune as finetune
+    from mtllm_fast.tasks.preembed import PreembedArguments as PreembedArguments
+    from mtllm_fast.tasks.preembed import preembed as preembed
+    from mtllm_fast.tasks.training import task_training_arguments as task_training_arguments
     from mtllm_fast.text.alignment import SpanAlignment as SpanAlignment
     from mtllm_fast.text.alignment import align_spans as align_spans
     from mtllm_fast.text.languages import languages as languages
@@ -54,6 +63,10 @@ __version__ = "0.1.0"
 _HOME = {
     "DataCollatorForSelfDistillation": "mtllm_fast.training.collator",
     "DistillArguments": "mtllm_fast.training.recipes",
+    "DistillTaskArguments": "mtllm_fast.tasks.distill",
+    "EvaluateArguments": "mtllm_fast.evaluation.evaluate",
+    "FinetuneArguments": "mtllm_fast.tasks.finetune",
+    "PreembedArguments": "mtllm_fast.tasks.preembed",
     "DistillResult": "mtllm_fast.training.distill",
     "MTLLM": "mtllm_fast.models",
     "MTLLMConfig": "mtllm_fast.configuration",
@@ -67,6 +80,11 @@ _HOME = {
     "align_spans": "mtllm_fast.text.alignment",
     "bias_relu": "mtllm_fast.ops.bias_relu",
     "distill": "mtllm_fast.training.distill",
+    "distill_task": "mtllm_fast.tasks.distill",
+    "evaluate": "mtllm_fast.evaluation.evaluate",
+    "finetune": "mtllm_fast.tasks.finetune",
+    "preembed": "mtllm_fast.tasks.preembed",
+    "task_training_arguments": "mtllm_fast.tasks.training",
     "distillation_loss": "mtllm_fast.ops.distillation_loss",
     "embed_tokens": "mtllm_fast.ops.embed_tokens",
     "explain": "mtllm_fast.ops",

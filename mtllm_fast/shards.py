@@ -22,7 +22,7 @@ import numpy as np
 
 logger = logging.getLogger("mtllm_fast")
 
-OUTPUT_SUFFIXES = (".npy", ".parquet")
+OUTPUT_SUFFIXES = (".npy", ".parquet", ".safetensors")
 _MANIFEST = "manifest.json"
 _SHARDS = "[0-9]*.npy"
 _UNFINISHED = ".tmp"
@@ -143,6 +143,8 @@ class Shards:
             raise ValueError(f"shards {self.missing[:8]} of {self.job.shards} are missing: write them before merging")
         if self.out.suffix.lower() == ".npy":
             _write_whole(self.out, self._write_npy, aside=self.folder)
+        elif self.out.suffix.lower() == ".safetensors":
+            _write_whole(self.out, self._write_safetensors, aside=self.folder)
         else:
             _write_whole(self.out, lambda file: self._write_parquet(file, ids, id_name, id_type), aside=self.folder)
         # Should the process die while the folder is removed, the next one knows that there is nothing left to do.
@@ -207,6 +209,18 @@ class Shards:
             "shape": (self.job.rows, self.job.width),
         }
         np.lib.format.write_array_header_1_0(file, header)
+        for index in range(self.job.shards):
+            file.write(self._read(index).data)
+
+    def _write_safetensors(self, file: IO[bytes]) -> None:
+        """One tensor ``rows`` ``[N, D]``, one shard in memory at a time, and the job's manifest as metadata."""
+        size = self.job.rows * self.job.width * np.dtype(self.job.dtype).itemsize
+        kind = {"float32": "F32", "float16": "F16", "float64": "F64"}[self.job.dtype]
+        tensor = {"dtype": kind, "shape": [self.job.rows, self.job.width], "data_offsets": [0, size]}
+        header = {"rows": tensor, "__metadata__": {"manifest": json.dumps(self.job.manifest())}}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # readers map the data, which begin on a boundary of eight
+        file.write(len(text).to_bytes(8, "little") + text)
         for index in range(self.job.shards):
             file.write(self._read(index).data)
 

@@ -19,6 +19,8 @@ LEVELS = [
     {"shards"},
     {"models"},
     {"training"},
+    {"tasks"},
+    {"evaluation"},
     {"environment"},
     {"bench"},
     {"cli"},

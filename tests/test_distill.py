@@ -134,7 +134,7 @@ def test_killed_with_9_and_resumed_is_the_same_bit_for_bit(whole, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(whole, tmp_path, caplog):
     import shutil
 
-    for name in ("checkpoint-2", "checkpoint-4", "distill.json"):
+    for name in ("checkpoint-2", "checkpoint-4", "run_settings.json"):
         source = whole.output_dir / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     weights = next((tmp_path / "checkpoint-4").glob("trained-*.safetensors"))
@@ -246,7 +246,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(options, message, 
 
     with pytest.raises((ValueError, OSError), match=message):
         run()
-    assert not (tmp_path / "out" / "distill.json").exists()
+    assert not (tmp_path / "out" / "run_settings.json").exists()
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):

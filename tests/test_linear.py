@@ -81,13 +81,21 @@ def onednn_calls(monkeypatch):
     return calls
 
 
-def testonednn_serves_inference_only(onednn_calls):
-    module, x, _ = case(torch.float32, True)
+def test_onednn_serves_inference_only(onednn_calls):
+    module, x, _ = case(torch.bfloat16, True)
     with torch.no_grad():
         linear(module, x)
     linear(module, x).sum().backward()
     assert onednn_calls == [torch.backends.mkldnn.is_available(), False]
     assert module.weight.grad is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+@torch.no_grad()
+def test_float32_is_left_to_mkl(onednn_calls):
+    module, x, _ = case(torch.float32, True)
+    linear(module, x)
+    assert onednn_calls == [False]
 
 
 @torch.no_grad()
@@ -96,8 +104,8 @@ def test_what_is_no_plain_linear_is_called_as_it_is(onednn_calls):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    module, x, _ = case(torch.float32, True)
-    subclass = Doubled(48, 80)
+    module, x, _ = case(torch.bfloat16, True)
+    subclass = Doubled(48, 80, dtype=torch.bfloat16)
     subclass.load_state_dict(module.state_dict())
     torch.testing.assert_close(linear(subclass, x), 2 * module(x))
     module.register_forward_hook(lambda module, args, out: out + 1)

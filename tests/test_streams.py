@@ -225,9 +225,10 @@ def test_resumed_batches_are_the_same_bit_for_bit(prefetch, size):
         second = new()
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         loader = torch.utils.data.DataLoader(second, batch_size=None)
-        for want, batch in zip(whole[at:], loader, strict=False):
-            same(batch, want)
-        for want, batch in zip(whole[at:], first, strict=False):  # one that was left early goes on there too
+        resumed = [batch for _, batch in zip(whole[at:], loader, strict=False)]
+        gone_on = [batch for _, batch in zip(whole[at:], first, strict=False)]
+        assert len(resumed) == len(gone_on) == len(whole) - at
+        for want, batch in zip(whole[at:] * 2, resumed + gone_on, strict=True):
             same(batch, want)
 
 
@@ -253,6 +254,17 @@ def test_sizes_that_cannot_be_are_refused():
         ({"documents_per_batch": 1, "tokens_per_batch": 99}, "exactly one"),
         ({"documents_per_batch": 0}, "at least 1"),
         ({"tokens_per_batch": 23}, "max_length=24, got 23"),
+        ({"documents_per_batch": 2, "prefetch": -1}, "prefetch must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             StreamingBatches(documents(), collator(), **options)
+    with pytest.raises(ValueError, match="wait for each other"):
+        StreamingBatches(documents(epochs=1, world_size=2), collator(), tokens_per_batch=99)
+
+
+def test_processes_get_as_many_batches():
+    counts = []
+    for rank in range(3):
+        stream = documents(epochs=1, rank=rank, world_size=3)
+        counts.append(len(list(StreamingBatches(stream, collator(), documents_per_batch=4))))
+    assert counts == [4, 4, 4]  # 13 documents each of 40

@@ -92,10 +92,22 @@ def encode(
 
 @app.command()
 def evaluate(
+    data: Annotated[
+        list[str] | None, typer.Option(help="Labelled rows: LANGUAGE=FILE, or files with --lang-column; several.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="System mt-llm: OUTPUT_DIR/final of distill-task.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="System zero-shot: OUTPUT_DIR/final of finetune.")] = None,
+    translator: Annotated[
+        str | None, typer.Option(help="System translate-test: an NLLB model, whose English the teacher reads.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Of the translations; 1 is greedy.")] = 1,
+    id_column: Annotated[str | None, typer.Option(help="Column of ids. (default: the row number)")] = None,
+    output_dir: Annotated[str, typer.Option(help="Folder of results.")] = "evaluation",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     precision_report: Annotated[
-        bool, typer.Option("--precision-report", help="Compare embeddings in 8 bits with the model's own.")
+        bool, typer.Option("--precision-report", help="In place of all this: embeddings in 8 bits against the model's.")
     ] = False,
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id; tiny is the embedded one.")] = "tiny",
+    model: Annotated[str, typer.Option(help="Of the report: checkpoint or hub id; tiny is the embedded one.")] = "tiny",
     precision: Annotated[
         Precision, typer.Option(help="What to compare; fp8 is emulated where the GPU or the dtype cannot run it.")
     ] = Precision.fp8,
@@ -103,38 +115,107 @@ def evaluate(
         Path | None, typer.Option(help="Texts as encode takes them. (default: an article in 51 languages)")
     ] = None,
     src_lang: Annotated[str | None, typer.Option(help="Language of all texts, such as swh_Latn or sw.")] = None,
-    lang_column: Annotated[str | None, typer.Option(help="Column that holds each text's language.")] = None,
-    max_length: Annotated[int, typer.Option(min=3, help="Most tokens per text; longer texts are cut.")] = 512,
+    lang_column: Annotated[str | None, typer.Option(help="Column that holds each row's language.")] = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Of the report: most tokens per text.")] = 512,
     layers: Annotated[bool, typer.Option("--layers", help="Also the error after each layer of the LLM.")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="The model's own format; auto is the checkpoint's.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="The models' own format; auto is the checkpoint's.")] = Dtype.auto,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the report here, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the precision report here, as JSON.")] = None,
 ) -> None:
-    """Measure what an option costs in accuracy; --precision-report is the one report so far."""
-    if not precision_report:
-        raise ValueError("say what to evaluate: --precision-report")
-    from mtllm_fast.cli.evaluate import PrecisionJob
-    from mtllm_fast.cli.evaluate import precision_report as report
+    """A task in many languages: the stack, its LLM alone, translate-test. Or, with --precision-report, 8-bit products."""
+    if precision_report:
+        from mtllm_fast.cli.precision_report import PrecisionJob
+        from mtllm_fast.cli.precision_report import precision_report as report
 
-    report(
-        PrecisionJob(
-            model=model,
-            precision=precision.value,
-            texts=texts,
-            src_lang=src_lang,
-            lang_column=lang_column,
+        report(
+            PrecisionJob(
+                model=model,
+                precision=precision.value,
+                texts=texts,
+                src_lang=src_lang,
+                lang_column=lang_column,
+                dtype=dtype.value,
+                device=device,
+                max_length=max_length,
+                layers=layers,
+                out=out,
+            )
+        )
+        return
+    if not data:
+        raise ValueError("say what to evaluate: --data LANGUAGE=FILE with --student or --teacher; or --precision-report")
+    from mtllm_fast.cli.encode import pick_device
+    from mtllm_fast.cli.evaluate import EvaluateArguments, run
+
+    run(
+        EvaluateArguments(
+            data=data,
+            student=student,
+            teacher=teacher,
+            translator=translator,
+            num_beams=num_beams,
+            language_column=lang_column,
+            id_column=id_column,
+            output_dir=output_dir,
             dtype=dtype.value,
-            device=device,
-            max_length=max_length,
-            layers=layers,
-            out=out,
+            device=str(pick_device(device)),
+            overwrite=overwrite,
         )
     )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+_TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_TRAINING)
+def finetune(context: typer.Context) -> None:
+    """Stage 2: fine-tune an LLM on a task in English. `mtllm-fast finetune --help` lists the options."""
+    from mtllm_fast.cli.tasks import run_finetune
+
+    run_finetune(context.args)
+
+
+@app.command()
+def preembed(
+    teacher: Annotated[str, typer.Option(help="OUTPUT_DIR/final of finetune.")],
+    data: Annotated[str, typer.Option(help="The rows that the student will learn from.")],
+    out: Annotated[str, typer.Option(help="File to write, .safetensors.")],
+    language: Annotated[str, typer.Option(help="Language of the rows.")] = "eng_Latn",
+    dtype: Annotated[Dtype, typer.Option(help="Format to compute in; auto is the checkpoint's.")] = Dtype.auto,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda, cuda:1 or cpu. (default: a GPU if there is one)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, drop unfinished work on it.")] = False,
+) -> None:
+    """Stage 2: the teacher's states of the training rows, once. Killed at any moment, the same command goes on."""
+    from mtllm_fast.cli.encode import pick_device
+    from mtllm_fast.tasks.preembed import PreembedArguments
+    from mtllm_fast.tasks.preembed import preembed as run
+
+    run(
+        PreembedArguments(
+            teacher=teacher,
+            data=data,
+            out=out,
+            language=language,
+            dtype=dtype.value,
+            device=str(pick_device(device)),
+            overwrite=overwrite,
+        )
+    )
+
+
+@app.command(context_settings=_TRAINING)
+def distill_task(context: typer.Context) -> None:
+    """Stage 2: teach the stack the task, from preembed's states. `mtllm-fast distill-task --help` lists the options."""
+    from mtllm_fast.cli.tasks import run_distill_task
+
+    run_distill_task(context.args)
+
+
+@app.command(context_settings=_TRAINING)
 def distill(context: typer.Context) -> None:
     """Stage 1: train a stack of your own on texts of a language that the LLM knows; resumes what a kill interrupted.
 
@@ -181,7 +262,7 @@ def env(
         raise typer.Exit(1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(context_settings=_TRAINING)
 def bench(context: typer.Context) -> None:
     """Measure throughput against the reference; `mtllm-fast bench --help` lists the options."""
     from mtllm_fast.bench.command import bench as run_bench

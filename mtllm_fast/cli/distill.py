@@ -2,51 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import logging
 from collections.abc import Sequence
-from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+import typer
+from transformers import TrainingArguments
 
-from mtllm_fast.training.distill import distill
+from mtllm_fast.cli.parsing import log_to_stderr, parse, value_of
+from mtllm_fast.training.distill import DistillResult, distill
 from mtllm_fast.training.recipes import RECIPES, DistillArguments
+
+_DESCRIPTION = "Stage 1: self-distil an encoder and an LLM into one stack, on texts that the LLM understands."
 
 
 def run(words: Sequence[str]) -> None:
     """Parse the command's words, train, and say where the results are."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mtllm_fast").setLevel(logging.INFO)
-    arguments, how = parse(words)
+    log_to_stderr()
+    arguments, how = options(words)
     result = distill(arguments, how)
     if how.process_index == 0:
         _show(result)
 
 
-def parse(words: Sequence[str]) -> tuple[DistillArguments, TrainingArguments]:
-    """The preset's values where no option replaces them. ``output_dir`` is ./distilled unless given."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset")
-    preset = early.parse_known_args(words)[0].preset
+def options(words: Sequence[str]) -> tuple[DistillArguments, TrainingArguments]:
+    """The preset's values where no option replaces them; without a model or data of one's own it is ``tiny``."""
+    preset = value_of(words, "preset")
     if preset is None:
         own = any(word.startswith(("--encoder", "--llm", "--model", "--data")) for word in words)
         preset = "paper" if own else "tiny"
-    both: Any = (DistillArguments, TrainingArguments)
-    parser = HfArgumentParser(
-        both, prog="mtllm-fast distill", allow_abbrev=False,
-        description="Stage 1: self-distil an encoder and an LLM into one stack, on texts that the LLM understands.",
-    )  # fmt: skip
-    recipe = RECIPES.get(preset, RECIPES["paper"])  # an unknown one is refused below
-    parser.set_defaults(output_dir="distilled", preset=preset, **recipe.trainer)
-    arguments, how = parser.parse_args_into_dataclasses([*words], look_for_args_file=False)
-    return arguments, how
+    recipe = RECIPES.get(preset, RECIPES["paper"])  # an unknown one is refused by the parser
+    return parse(
+        words, DistillArguments, "distill", _DESCRIPTION, output_dir="distilled", preset=preset, **recipe.trainer
+    )
 
 
-def _show(result: object) -> None:
-    for name, value in dataclasses.asdict(result).items():  # type: ignore[call-overload]
-        if name == "metrics":
-            for key, number in sorted(value.items()):
-                print(f"{key}: {number:.6g}")  # noqa: T201
-        elif name != "log":
-            print(f"{name}: {value}")  # noqa: T201
+def _show(result: DistillResult) -> None:
+    typer.echo(f"{result.steps} steps: {result.output_dir}")
+    for name, value in sorted(result.metrics.items()):
+        typer.echo(f"{name}: {value:.6g}")

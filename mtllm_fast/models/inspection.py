@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from mtllm_fast.models.modeling import MTLLM
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PATCHES = ("forward", "_hf_hook", "_compiled_call_impl")  # in a module's ``__dict__``
 
 
 @dataclass
 class Inspection:
-    """A model as it was: its modules, their types, hooks, attributes and children, and where its tensors lie.
+    """A model as it was: its modules, their types and children, and where its tensors lie.
 
     Attributes:
         reason: why it cannot be captured, or None. The rest is whole only then.
@@ -36,11 +37,10 @@ class Inspection:
     reason: str | None
     device: torch.device
     composite: Any
+    roots: list[nn.Module] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     types: list[type] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)  # the ``__dict__`` of each
-    attributes: list[int] = field(default_factory=list)  # how many it has: a patched ``forward`` is one more
-    hooks: list[dict[int, Any]] = field(default_factory=list)
     families: list[dict[str, nn.Module | None]] = field(default_factory=list)  # ``_modules`` of each
     children: list[nn.Module | None] = field(default_factory=list)
     owners: list[dict[str, Tensor | None]] = field(default_factory=list)  # ``_parameters`` and ``_buffers`` of each
@@ -49,9 +49,11 @@ class Inspection:
 
     def holds(self, model: MTLLM) -> bool:
         """Whether everything is as it was. The device is that of a parameter, and needs no look of its own."""
-        if _composite(model) is not self.composite or list(map(type, self.modules)) != self.types:
+        if _composite(model) is not self.composite or not _same(_roots(model), self.roots):
             return False
-        if list(map(len, self.states)) != self.attributes or any(self.hooks):
+        if list(map(type, self.modules)) != self.types or any(map(_hooks_of, self.states)):
+            return False
+        if any(any(map(contains, self.states, repeat(name))) for name in _PATCHES):
             return False
         same_children = _same(chain.from_iterable(map(dict.values, self.families)), self.children)
         same_tensors = _same(chain.from_iterable(map(dict.values, self.owners)), self.tensors)
@@ -59,9 +61,9 @@ class Inspection:
 
 
     def is_same(self, other: Inspection) -> bool:
-        """Whether a capture under the other one is as good under this: an attribute more does not move memory."""
-        same = self.device == other.device and self.composite is other.composite and self.types == other.types
-        return same and _same(self.tensors, other.tensors) and self.addresses == other.addresses
+        """Whether a capture under the other one is as good under this."""
+        same = self.device == other.device and self.composite is other.composite
+        return same and _same(self.modules, other.modules) and _same(self.tensors, other.tensors) and self.addresses == other.addresses
 
 
 def inspect(model: MTLLM) -> Inspection:
@@ -70,7 +72,8 @@ def inspect(model: MTLLM) -> Inspection:
     seen = Inspection(None, model.device, composite)
     # fuse() puts the projections that a composite replaces on the host, and nothing reads them.
     unread = set() if composite is None else {id(module) for module in fusing.projections(model)}
-    waiting: list[nn.Module] = [model.nllb_encoder, model.up_proj, model.llm2vec]
+    seen.roots = _roots(model)
+    waiting = list(seen.roots)
     while waiting:
         module = waiting.pop()
         state = module.__dict__
@@ -80,8 +83,6 @@ def inspect(model: MTLLM) -> Inspection:
         seen.modules.append(module)
         seen.types.append(type(module))
         seen.states.append(state)
-        seen.attributes.append(len(state))
-        seen.hooks.extend(state[name] for name in _HOOKS)
         seen.families.append(state["_modules"])
         if id(module) not in unread:
             seen.owners.extend((state["_parameters"], state["_buffers"]))
@@ -97,6 +98,15 @@ def inspect(model: MTLLM) -> Inspection:
 def vars_of(composite: Any) -> dict[str, Tensor | None]:
     """The tensors of a composite, by name."""
     return {name: getattr(composite, name) for name in ("weight", "bias", "residual", "qkv_bias")}
+
+
+def _roots(model: MTLLM) -> list[nn.Module]:
+    return [model.nllb_encoder, model.up_proj, model.llm2vec]
+
+
+def _hooks_of(state: dict[str, Any]) -> bool:
+    before, after, backward_before, backward = map(state.__getitem__, _HOOKS)
+    return bool(before or after or backward_before or backward)
 
 
 def _composite(model: MTLLM) -> Any:

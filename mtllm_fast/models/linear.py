@@ -113,7 +113,7 @@ def accumulates(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
 
     Not where autograd records x, the module or one of ``others``, what the sum is made of.
     """
-    if x.is_cpu or torch.compiler.is_compiling() or autocast_dtype(x) is not None:
+    if torch.compiler.is_compiling() or autocast_dtype(x) is not None or onednn_serves(module, x):
         return False
     return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters(), *others)
 

@@ -31,8 +31,11 @@ class StreamingBatches(IterableDataset[dict[str, Any]]):
             given out too.
         prefetch: batches made ahead; 0: none, and no thread.
 
+    One iterator at a time: they share the stream.
+
     Raises:
-        ValueError: neither or both sizes, or a budget below the collator's ``max_length``.
+        ValueError: neither or both sizes, a budget below the collator's ``max_length``, or one on documents that end for
+            several processes, which would end apart.
 
     >>> from mtllm_fast.tiny import tiny_documents, tiny_llm_tokenizer, tiny_path
     >>> from transformers import AutoTokenizer
@@ -61,6 +64,13 @@ class StreamingBatches(IterableDataset[dict[str, Any]]):
             raise ValueError(
                 f"tokens_per_batch must hold one document of max_length={collate.max_length}, got {tokens_per_batch}"
             )
+        if tokens_per_batch is not None and stream.ends_unevenly:
+            raise ValueError(
+                "tokens_per_batch gives every process another number of batches at the end of its documents, and they "
+                "would wait for each other for ever: read them with epochs=None, or give documents_per_batch"
+            )
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be at least 0, got {prefetch}")
         self._stream, self._collate = stream, collate
         self._documents, self._tokens, self._prefetch = documents_per_batch, tokens_per_batch, prefetch
         self._state = stream.state_dict()

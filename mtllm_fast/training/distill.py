@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,13 +12,12 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.training.batching import StreamingBatches
-from mtllm_fast.training.checkpoints import all_checkpoints, newest
 from mtllm_fast.training.collator import DataCollatorForSelfDistillation
 from mtllm_fast.training.curve import plot_curve
 from mtllm_fast.training.distillation_trainer import SelfDistillationTrainer
 from mtllm_fast.training.recipes import DistillArguments
+from mtllm_fast.training.runs import Run, step_of, write_json
 from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation
 from mtllm_fast.training.stacks import (
     add_lora,
@@ -36,10 +33,7 @@ from mtllm_fast.training.trainer import load_trained, whole_weights
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-logger = logging.getLogger("mtllm_fast")
-
-_SETTINGS = "distill.json"
-# What may differ between a run and its resumption: it shapes no number of the steps still to come.
+# What may differ between a run and its resumption: it shapes no number.
 _FREE = {"merge", "overwrite"}
 
 
@@ -101,8 +95,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     """
     arguments.check()
     how: Any = trainer_arguments or training_arguments(arguments, "distilled")
-    output = Path(how.output_dir)
-    checkpoint = _checkpoint_to_resume(arguments, how, output)
+    run = Run.of("distill", {n: value for n, value in asdict(arguments).items() if n not in _FREE}, how)
+    checkpoint = run.checkpoint(arguments.overwrite)
     if arguments.merge and how.fsdp:
         raise ValueError("merge needs whole weights: give the same command again with merge, in one process")
     per_batch = arguments.documents_per_process(how.world_size, how.gradient_accumulation_steps)
@@ -127,8 +121,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     )
     eval_batches = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
     trainer = SelfDistillationTrainer(joint, how, train_dataset=batches, eval_dataset=eval_batches or None)
-    _write_settings(arguments, how, output)
-    if checkpoint is not None and int(checkpoint.name.split("-")[1]) >= how.max_steps:
+    run.begin()
+    if checkpoint is not None and step_of(checkpoint) >= how.max_steps:
         load_trained(checkpoint, joint)
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     else:
@@ -184,62 +178,6 @@ def _held_out(arguments: DistillArguments) -> list[str]:
     return [text for text, _ in zip(stream, range(arguments.eval_documents), strict=False)]
 
 
-def _settings(arguments: DistillArguments, how: TrainingArguments) -> dict[str, Any]:
-    """What shapes the numbers of a run."""
-    trainer = (
-        "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "seed", "data_seed", "bf16",
-        "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    )  # fmt: skip
-    own = {name: value for name, value in asdict(arguments).items() if name not in _FREE}
-    shaped = own | {name: getattr(how, name) for name in trainer}
-    return json.loads(json.dumps(shaped, default=str))
-
-
-def _checkpoint_to_resume(arguments: DistillArguments, how: TrainingArguments, output: Path) -> Path | None:
-    file = output / _SETTINGS
-    if arguments.overwrite:
-        if how.should_save:
-            _discard(output)
-        return None
-    if not file.exists():
-        if all_checkpoints(output):
-            raise FileExistsError(f"{output} holds checkpoints of something else: choose another output_dir")
-        return None
-    before, now = json.loads(file.read_text(encoding="utf-8")), _settings(arguments, how)
-    different = [name for name in {**now, **before} if now.get(name) != before.get(name)]
-    if different:
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in different)
-        raise FileExistsError(f"{output} holds another run: {changes}. overwrite starts anew")
-    found = newest(output)
-    if found.path is None and found.rejected:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in found.rejected.items())
-        raise CheckpointError(f"{output}: no checkpoint is whole ({reasons}). overwrite starts anew")
-    if found.path is not None:
-        logger.warning("resuming from %s", found.path)
-    return found.path
-
-
-def _discard(output: Path) -> None:
-    import shutil
-
-    for path in (*all_checkpoints(output), output / "final", output / "merged"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (_SETTINGS, "log.json", "curve.png"):
-        (output / name).unlink(missing_ok=True)
-
-
-def _write_settings(arguments: DistillArguments, how: TrainingArguments, output: Path) -> None:
-    if how.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(output / _SETTINGS, _settings(arguments, how))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
 def _finish(
     arguments: DistillArguments, trainer: SelfDistillationTrainer, wrapped: Any, encoder_tokenizer: Any,
     metrics: dict[str, float],
@@ -248,7 +186,7 @@ def _finish(
     weights = whole_weights(trainer.model)
     if trainer.args.should_save:
         save_result(arguments, wrapped, weights, output)
-        _write_json(output / "log.json", log)
+        write_json(output / "log.json", log)
         plot_curve(log, output / "curve.png")
         if arguments.merge:
             save_merged(trainer.accelerator.unwrap_model(trainer.model).mtllm, wrapped, encoder_tokenizer, output)

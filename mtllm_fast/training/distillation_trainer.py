@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from mtllm_fast.core.errors import BatchTooLargeError
 from mtllm_fast.models.flops import step_flops
+from mtllm_fast.training.runs import step_of
 from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation
 from mtllm_fast.training.trainer import ResumableTrainer
 
@@ -127,7 +128,7 @@ class SelfDistillationTrainer(ResumableTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
             self.restore_data(resume_from_checkpoint)
-        self._since = (0 if not resume_from_checkpoint else _step_of(resume_from_checkpoint), time.perf_counter())
+        self._since = (0 if not resume_from_checkpoint else step_of(resume_from_checkpoint), time.perf_counter())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(
@@ -186,10 +187,6 @@ def spans(batch: dict[str, Any]) -> int:
 def _tokens_and_pairs(batch: dict[str, Any], side: str) -> tuple[float, float]:
     lengths = batch[f"{side}cu_seqlens"].diff().double()
     return float(lengths.sum()), float((lengths * lengths).sum())
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(str(checkpoint).rpartition("-")[2])
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -36,9 +36,13 @@ class _File:
         return str(self.path)
 
     def fingerprint(self) -> list[Any]:
+        """Name, column, size, and what its beginning and end say; corpora are too large to read for this."""
+        size = self.path.stat().st_size
         with self.path.open("rb") as file:
-            start = hashlib.sha256(file.read(1 << 16)).hexdigest()
-        return [self.path.name, self.path.stat().st_size, start]
+            start = file.read(1 << 16)
+            file.seek(max(0, size - (1 << 16)))
+            ends = hashlib.sha256(start + file.read()).hexdigest()
+        return [self.path.name, self.column, size, ends]
 
     def texts(self, start: int) -> Iterator[str]:
         column = "text" if self.path.suffix.lower() == ".txt" else self.column
@@ -55,7 +59,9 @@ class _Dataset:
     name: str
 
     def fingerprint(self) -> list[Any]:
-        return [self.name, getattr(self.dataset, "_fingerprint", None)]
+        first = repr(next(iter(self.dataset), None))
+        split = str(getattr(self.dataset, "split", None))
+        return [self.name, self.column, split, hashlib.sha256(first.encode()).hexdigest()]
 
     def texts(self, start: int) -> Iterator[str]:
         rows = self.dataset.skip(start) if start else self.dataset
@@ -90,6 +96,11 @@ class DocumentStream:
         self._epoch = self._part = self._row = self._number = self._used = self._before = 0
         self._own = ""
         self.skipped = self.dropped = 0
+
+    @property
+    def ends_unevenly(self) -> bool:
+        """Whether it ends, and other processes read documents of other lengths: batches by tokens end apart."""
+        return self._epochs is not None and self._world_size > 1
 
     def __iter__(self) -> Iterator[str]:
         while self._epochs is None or self._epoch < self._epochs:
@@ -150,7 +161,8 @@ class DocumentStream:
         self.skipped = state["skipped"]
 
     def _identity(self) -> dict[str, Any]:
-        return {"documents": self._fingerprint, "seed": self._seed, "block": self._block_size}
+        own = {"documents": self._fingerprint, "seed": self._seed, "block": self._block_size}
+        return {**own, "world_size": self._world_size}
 
 
 _POSITION = ("epoch", "part", "row", "number", "used", "before")

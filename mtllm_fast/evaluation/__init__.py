@@ -1,0 +1,1 @@
+"""A task in many languages: by the stack, by its LLM alone, and by translating first."""

@@ -1,0 +1,496 @@
+"""Stage 2: reading rows, batches, the recorded case, and finetune -> preembed -> distill-task -> evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tasks_data
+import torch
+from reference import DTYPES, load_case
+from sklearn.metrics import accuracy_score, f1_score
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from mtllm_fast import (
+    MTLLM,
+    DistillTaskArguments,
+    EvaluateArguments,
+    FinetuneArguments,
+    MTLLMForMultipleChoice,
+    MTLLMForSequenceClassification,
+    MTLLMForTokenClassification,
+    PreembedArguments,
+    distill_task,
+    evaluate,
+    finetune,
+    preembed,
+    task_training_arguments,
+)
+from mtllm_fast.core.errors import CheckpointError, UnknownLanguageError
+from mtllm_fast.evaluation.translate import Translator
+from mtllm_fast.tasks.collators import TaskCollator
+from mtllm_fast.tasks.examples import Example, read_examples
+from mtllm_fast.tasks.model import TaskModel, load_result, read_facts
+from mtllm_fast.tasks.preembed import States
+from mtllm_fast.tasks.presets import TASKS, Task, get_task
+from mtllm_fast.tasks.training import TaskArguments
+from mtllm_fast.tiny import tiny_llm_tokenizer, tiny_path
+
+SENTIMENT = {"kind": "sequence", "text_columns": ["text"], "labels": ["good", "bad"], "max_length": 32}
+
+
+def how(arguments, folder, dev=True, **options):
+    task = arguments if isinstance(arguments, Task) else arguments.resolve()
+    given = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 5}
+    return task_training_arguments(task, folder, dev, **given | options)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    llm = tasks_data.llm_folder(folder / "llm")
+    train = tasks_data.write(folder / "train.jsonl", tasks_data.rows(192))
+    dev = tasks_data.write(folder / "dev.jsonl", tasks_data.rows(48, seed=1))
+    arguments = FinetuneArguments(**SENTIMENT, llm=llm, train=train, dev=dev)
+    options = {"num_train_epochs": 3, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
+    return folder, arguments, finetune(arguments, how(arguments, folder / "out", **options)), options
+
+
+@pytest.fixture(scope="module")
+def states(teacher):
+    folder, arguments, result, _ = teacher
+    out = folder / "states.safetensors"
+    preembed(PreembedArguments(teacher=str(result.output_dir / "final"), data=arguments.train, out=str(out), shard_size=50))
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(teacher, states):
+    folder, arguments, result, _ = teacher
+    given = DistillTaskArguments(
+        teacher=str(result.output_dir / "final"), states=str(states), train=arguments.train, dev=arguments.dev, merge=True
+    )
+    options = {"num_train_epochs": 6, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
+    return given, distill_task(given, how(arguments, folder / "student", **options)), options
+
+
+def test_the_teacher_learns_and_its_predictions_say_what_its_metrics_do(teacher):
+    _, _, result, _ = teacher
+    assert result.metrics["accuracy"] > 0.9
+    lines = [json.loads(line) for line in (result.output_dir / "predictions.jsonl").read_text().splitlines()]
+    truth, said = ([line[name] for line in lines] for name in ("label", "prediction"))
+    assert accuracy_score(truth, said) == result.metrics["accuracy"]
+    assert f1_score(truth, said, average="macro") == pytest.approx(result.metrics["macro_f1"])
+    assert json.loads((result.output_dir / "metrics.json").read_text()) == result.metrics
+    facts = read_facts(result.output_dir / "final")
+    assert facts["kind"] == "llm"
+    assert Task.from_dict(facts["task"]) == teacher[1].resolve()
+
+
+def test_a_teacher_that_is_loaded_says_the_same(teacher):
+    _, arguments, result, _ = teacher
+    loaded = load_result(result.output_dir / "final")
+    collate = TaskCollator(loaded.model.task, loaded.tokenizer, reads_languages=False)
+    examples = read_examples(arguments.dev, loaded.model.task)
+    with torch.no_grad():
+        logits = loaded.model(**collate(examples)).logits
+    lines = [json.loads(line) for line in (result.output_dir / "predictions.jsonl").read_text().splitlines()]
+    torch.testing.assert_close(logits, torch.tensor([line["logits"] for line in lines]), rtol=1e-4, atol=1e-4)
+
+
+def test_states_are_the_teachers(teacher, states):
+    _, arguments, result, _ = teacher
+    loaded = load_result(result.output_dir / "final")
+    task = loaded.model.task
+    examples = read_examples(arguments.train, task)
+    found = States(states, result.output_dir / "final", arguments.train, [1] * len(examples))
+    assert len(found) == 192
+    collate = TaskCollator(task, loaded.tokenizer, reads_languages=False)
+    with torch.no_grad():
+        want = loaded.model(**collate(examples[60:64])).states
+    torch.testing.assert_close(torch.cat([found[i] for i in range(60, 64)]), want.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_states_of_other_data_or_teachers_are_refused(teacher, states, tmp_path):
+    _, arguments, result, _ = teacher
+    other = tasks_data.write(tmp_path / "other.jsonl", tasks_data.rows(192, seed=3))
+    with pytest.raises(CheckpointError, match="of another data"):
+        States(states, result.output_dir / "final", other, [1] * 192)
+    with pytest.raises(CheckpointError, match="holds 192 vectors, the rows have 5"):
+        States(states, result.output_dir / "final", arguments.train, [1] * 5)
+    with pytest.raises(CheckpointError, match="no such file"):
+        States(tmp_path / "none.safetensors", result.output_dir / "final", other, [1])
+    (tmp_path / "torn.safetensors").write_bytes(states.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="not a file of preembed"):
+        States(tmp_path / "torn.safetensors", result.output_dir / "final", other, [1])
+    with pytest.raises(FileExistsError):
+        preembed(PreembedArguments(teacher=str(result.output_dir / "final"), data=arguments.train, out=str(states)))
+
+
+def test_preembed_goes_on_after_a_kill(teacher, states, tmp_path):
+    _, arguments, result, _ = teacher
+    out = tmp_path / "states.safetensors"
+    command = [sys.executable, "-m", "mtllm_fast.cli", "preembed", "--teacher", str(result.output_dir / "final")]
+    command += ["--data", arguments.train, "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "states.safetensors.partial").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    subprocess.run(command, check=True)
+    found, want = (States(path, result.output_dir / "final", arguments.train, [1] * 192) for path in (out, states))
+    torch.testing.assert_close(torch.cat(list(found)), torch.cat(list(want)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_student_learns_what_the_teacher_says(student, teacher):
+    given, result, _ = student
+    losses = [line["loss"] for line in result.log if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+    loaded = load_result(result.output_dir / "final")
+    head = load_result(teacher[2].output_dir / "final").model.score.weight
+    assert torch.equal(loaded.model.score.weight, head)
+    assert loaded.model.tower.up_proj.weight.equal(MTLLM.from_pretrained("tiny").up_proj.weight)
+    assert isinstance(loaded.model.tower, MTLLM)
+    assert result.metrics["accuracy"] > 0.8
+
+
+def test_the_merged_student_is_a_head_of_the_library(student, teacher):
+    _, result, _ = student
+    model = MTLLMForSequenceClassification.from_pretrained(result.output_dir / "merged").eval()
+    assert model.config.id2label == {0: "good", 1: "bad"}
+    loaded = load_result(result.output_dir / "final")
+    collate = TaskCollator(loaded.model.task, loaded.tokenizer, reads_languages=True)
+    examples = read_examples(teacher[1].dev, loaded.model.task)[:8]
+    batch = collate(examples)
+    with torch.no_grad():
+        want = loaded.model(**batch).logits
+    rows = torch.split(batch["input_ids"], batch["cu_seqlens"].diff().tolist())
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+    with torch.no_grad():
+        got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluation_says_what_the_predictions_do(student, teacher, tmp_path):
+    _, result, _ = student
+    data = []
+    for language in ("eng_Latn", "fra_Latn"):
+        path = tasks_data.write(tmp_path / f"{language}.jsonl", tasks_data.rows(40, language, seed=5))
+        data.append(f"{language}={path}")
+    arguments = EvaluateArguments(
+        data=data, student=str(result.output_dir / "final"), teacher=str(teacher[2].output_dir / "final"),
+        translator=tasks_data.translator_folder(tmp_path / "nllb"), max_new_tokens=8, id_column="id",
+        output_dir=str(tmp_path / "results"),
+    )  # fmt: skip
+    record = evaluate(arguments)
+    assert list(record["systems"]) == ["mt-llm", "zero-shot", "translate-test"]
+    for name, system in record["systems"].items():
+        lines = (tmp_path / "results" / f"predictions-{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 80
+        for language in ("eng_Latn", "fra_Latn"):
+            own = [row for row in rows if row["language"] == language]
+            truth, said = [row["label"] for row in own], [row["prediction"] for row in own]
+            scores = system["languages"][language]
+            assert scores["accuracy"] == accuracy_score(truth, said)
+            assert scores["macro_f1"] == pytest.approx(f1_score(truth, said, average="macro"))
+            assert scores["interval"][0] <= scores["accuracy"] <= scores["interval"][1]
+            assert rows[0]["id"] == "eng_Latn-5-0"
+    assert record["systems"]["zero-shot"]["languages"]["eng_Latn"]["accuracy"] > 0.9
+    # English is not translated, so there translate-test is the teacher.
+    english = [record["systems"][name]["languages"]["eng_Latn"]["accuracy"] for name in ("zero-shot", "translate-test")]
+    assert english[0] == english[1]
+    assert json.loads((tmp_path / "results" / "results.json").read_text()) == json.loads(json.dumps(record))
+    assert (tmp_path / "results" / "accuracy.png").stat().st_size > 1000
+    with pytest.raises(FileExistsError):
+        evaluate(arguments)
+
+
+def test_the_commands_do_the_same(student, teacher, tmp_path):
+    folder, arguments, result, _ = teacher
+    run = [sys.executable, "-m", "mtllm_fast.cli"]
+    quick = ["--max_steps", "2", "--use_cpu", "True", "--disable_tqdm", "True"]
+    task = ["--kind", "sequence", "--text_columns", "text", "--labels", "good", "bad", "--max_length", "32"]
+    one = [*run, "finetune", *task, "--llm", arguments.llm, "--train", arguments.train, "--output_dir", str(tmp_path / "t")]
+    done = subprocess.run([*one, *quick], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    final = str(tmp_path / "t" / "final")
+    states = str(tmp_path / "s.safetensors")
+    two = [*run, "preembed", "--teacher", final, "--data", arguments.train, "--out", states, "--device", "cpu"]
+    assert subprocess.run(two, capture_output=True).returncode == 0
+    three = [*run, "distill-task", "--teacher", final, "--states", states, "--train", arguments.train]
+    done = subprocess.run([*three, "--output_dir", str(tmp_path / "d"), *quick], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    four = [*run, "evaluate", "--data", f"en={arguments.dev}", "--student", str(tmp_path / "d" / "final"), "--device", "cpu"]
+    done = subprocess.run([*four, "--output-dir", str(tmp_path / "e")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mt-llm" in done.stdout
+    assert "eng_Latn" in done.stdout
+
+
+def test_a_run_goes_on_where_it_was_and_belongs_to_its_arguments(teacher, tmp_path):
+    _, arguments, result, options = teacher
+    shutil.copytree(result.output_dir, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "final")
+    newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    again = finetune(arguments, how(arguments, tmp_path / "out", **options))
+    assert again.metrics == result.metrics
+    assert newest.exists()
+    with pytest.raises(FileExistsError, match=r"learning_rate was 0.003, is 0.1"):
+        finetune(arguments, how(arguments, tmp_path / "out", **options | {"learning_rate": 0.1}))
+
+
+RECORDED = {"cls": Task("cls", "sequence", ("text",), "label", ("a", "b", "c"), max_length=64),
+            "mc": Task("mc", "choice", ("c", "q"), "label", ("1", "2", "3"), choices=("x", "y", "z"), max_length=64)}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["cls", "mc"])
+def test_the_recorded_step_of_task_distillation(kind, mode):
+    import peft
+
+    case = load_case("stage2-distillation")
+    mask = case.inputs["attention_mask"].bool()
+    classes = case.inputs[f"head_{kind}.weight"].shape[0]
+    task = RECORDED[kind]
+    if kind == "mc":
+        count = case.inputs["mean_mask"].shape[2]
+        names = tuple(map(str, range(1, count + 1)))
+        task = Task("mc", "choice", ("c", "q"), "label", names, choices=names, max_length=64)
+    else:
+        assert classes == len(task.labels)
+    stack = MTLLM.from_pretrained(case.checkpoint, dtype=DTYPES[mode])
+    model = TaskModel(stack, task)
+    with torch.no_grad():
+        model.score.weight.copy_(case.inputs[f"head_{kind}.weight"])
+    model.score.to(DTYPES[mode])
+    model.requires_grad_(False)
+    adapter = str(Path(case.checkpoint).parent / "adapter")
+    peft.PeftModel.from_pretrained(stack.llm2vec, adapter, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "up_proj" in name.split(".")[:2]:
+            parameter.data = parameter.data.float()
+    lengths = mask.sum(1)
+    batch = {
+        "input_ids": case.inputs["input_ids"][mask],
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
+        "max_seqlen": int(lengths.max()),
+    }
+    target = case.inputs["sequence_embeds"]
+    if kind == "mc":
+        place = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+        units = [place[n][case.inputs["mean_mask"][n, :, c].bool()] for n in range(len(mask)) for c in range(count)]
+        batch["unit_indices"] = torch.cat(units)
+        batch["unit_offsets"] = F.pad(torch.tensor([len(unit) for unit in units]).cumsum(0), (1, 0))
+        target = case.inputs["choice_embeds"].flatten(0, 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16"):
+        out = model(**batch, states=target)
+    out.loss.backward()
+    case.check(mode, **{f"{kind}.logits": out.logits, f"{kind}.embeds": out.states.view(case.expected[f"{kind}.embeds"].shape)})
+    grads = {
+        f"{kind}.grad." + name.split("llm2vec.")[1].replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    case.check_gradients(mode, **grads)
+    assert stack.up_proj.weight.grad is None
+
+
+def encoders():
+    return AutoTokenizer.from_pretrained(tiny_path()), tiny_llm_tokenizer()
+
+
+def test_a_pair_is_read_as_the_tokenizers_read_it():
+    nllb, llm = encoders()
+    example = Example("0", ("All human beings", "are born free"), (), 1, "swh_Latn")
+    task = TASKS["xnli"]
+    batch = TaskCollator(task, nllb, reads_languages=True)([example])
+    nllb.src_lang = "swh_Latn"
+    assert batch["input_ids"].tolist() == nllb("All human beings", "are born free")["input_ids"]
+    batch = TaskCollator(task, llm, reads_languages=False)([example])
+    halves = [llm(text)["input_ids"] for text in example.text]
+    assert batch["input_ids"].tolist() == halves[0] + halves[1]  # a BOS before each
+    assert batch["labels"].tolist() == [1]
+
+
+def test_the_longer_half_is_cut():
+    nllb, _ = encoders()
+    task = Task("t", "sequence", ("a", "b"), "label", ("x", "y"), max_length=12)
+    ids = TaskCollator(task, nllb, reads_languages=True)([Example("0", ("All " * 30, "free"), (), 0, "eng_Latn")])
+    assert len(ids["input_ids"]) == 12
+    assert ids["input_ids"][-1] == nllb.eos_token_id
+    free = nllb("free", add_special_tokens=False)["input_ids"]
+    assert ids["input_ids"].tolist()[-1 - len(free) : -1] == free
+
+
+@pytest.mark.parametrize("reads_languages", [True, False])
+def test_choices_are_found_in_their_text_and_never_cut(reads_languages):
+    tokenizer = encoders()[0 if reads_languages else 1]
+    names = ("1", "2", "3")
+    task = Task("t", "choice", ("c", "q"), "label", names, choices=names, max_length=64)
+    example = Example("0", ("beings " * 60, "which?"), ("free", "naïve ☃", "free equal"), 2, "eng_Latn")
+    batch = TaskCollator(task, tokenizer, reads_languages=reads_languages)([example])
+    assert len(batch["input_ids"]) == 64
+    for unit, choice in zip(range(3), example.choices, strict=True):
+        start, end = batch["unit_offsets"][unit : unit + 2].tolist()
+        said = tokenizer.decode(batch["input_ids"][batch["unit_indices"][start:end]]).strip()
+        assert choice in said or said in choice or "<unk>" in said
+    short = Task("t", "choice", ("c", "q"), "label", names, choices=names, max_length=8)
+    with pytest.raises(ValueError, match="question and choices have"):
+        TaskCollator(short, tokenizer, reads_languages=reads_languages)([example])
+
+
+def test_words_have_the_state_of_their_first_token():
+    _, llm = encoders()
+    task = Task("t", "tokens", ("w",), "label", ("O", "X"), max_length=8)
+    example = Example("0", ("dignity", "and", "brotherhood"), (), (1, 0, 1), "eng_Latn")
+    collate = TaskCollator(task, llm, reads_languages=False)
+    batch = collate([example])
+    kept = collate.kept_units(example)
+    assert kept[0]
+    assert not kept[-1]
+    assert batch["labels"].tolist() == [tag for tag, there in zip(example.label, kept, strict=True) if there]
+    assert batch["unit_indices"][0] == 1
+
+
+@pytest.mark.parametrize(("kind", "head"), [("choice", MTLLMForMultipleChoice), ("tokens", MTLLMForTokenClassification)])
+def test_choices_and_words_go_all_the_way(kind, head, tmp_path):
+    llm = tasks_data.llm_folder(tmp_path / "llm")
+    made = {"choice": tasks_data.choices, "tokens": tasks_data.words}[kind]
+    train = tasks_data.write(tmp_path / "train.jsonl", made(24))
+    dev = tasks_data.write(tmp_path / "dev.jsonl", made(8, seed=1))
+    columns = {"choice": {"task": "belebele", "max_length": 96},
+               "tokens": {"kind": "tokens", "text_columns": ["words"], "label_column": "tags", "labels": ["O", "X"],
+                          "max_length": 24}}[kind]  # fmt: skip
+    arguments = FinetuneArguments(**columns, llm=llm, train=train, dev=dev)
+    quick = {"max_steps": 2, "per_device_train_batch_size": 8, "eval_strategy": "no", "load_best_model_at_end": False}
+    result = finetune(arguments, how(arguments, tmp_path / "t", **quick))
+    out = tmp_path / "s.safetensors"
+    preembed(PreembedArguments(teacher=str(result.output_dir / "final"), data=train, out=str(out), shard_size=7))
+    given = DistillTaskArguments(teacher=str(result.output_dir / "final"), states=str(out), train=train, dev=dev, merge=True)
+    student = distill_task(given, how(arguments, tmp_path / "d", **quick))
+    assert 0 <= student.metrics["accuracy"] <= 1
+    assert head.from_pretrained(student.output_dir / "merged").score.weight.shape[0] == arguments.resolve().num_scores
+    record = evaluate(EvaluateArguments(data=[f"en={dev}"], student=str(student.output_dir / "final"),
+                                        output_dir=str(tmp_path / "e")))  # fmt: skip
+    assert record["systems"]["mt-llm"]["languages"]["eng_Latn"]["accuracy"] == student.metrics["accuracy"]
+
+
+def arguments_for(path, **options):
+    return FinetuneArguments(**{**SENTIMENT, "llm": "tiny", "train": str(path), **options})
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        ([{"body": "x", "label": "good"}], {}, "no column 'text'; the columns are 'body', 'label'"),
+        ([], {}, "holds no row"),
+        ([{"text": 3, "label": "good"}], {}, "row 1: column 'text' must hold text, got int '3'"),
+        ([{"text": " ", "label": "good"}], {}, "column 'text' is empty"),
+        ([{"text": "a", "label": "fine"}], {}, "must hold one of good, bad, or 0 … 1, got str 'fine'"),
+        ([{"text": "a", "label": 2}], {}, "got int '2'"),
+        ([{"text": "a", "label": True}], {}, "got bool"),
+        ([{"text": "a", "label": "good", "lang": "swahil"}], {"language_column": "lang"}, "row 1: column 'lang'"),
+        ([{"text": "a", "label": "good"}], {"language": "klingon"}, "klingon"),
+        ([{"text": "a", "label": "good"}], {"kind": "song"}, "kind must be one of"),
+        ([{"text": "a", "label": "good"}], {"kind": "choice"}, "has 2 text columns"),
+        ([{"text": "a", "label": "good"}], {"labels": ["good", "good"]}, "each once"),
+        ([{"text": "a", "label": "good"}], {"task": "squad"}, "task must be one of xnli"),
+        ([{"text": "a", "label": "good"}], {"kind": None}, "give a task"),
+        ([{"text": "a", "label": "good"}], {"train": None}, "train is missing"),
+    ],
+)
+def test_bad_rows_and_arguments_are_named_before_anything_is_written(records, options, message, tmp_path):
+    arguments = arguments_for(tasks_data.write(tmp_path / "rows.jsonl", records), **options)
+
+    def run():
+        finetune(arguments, how(arguments, tmp_path / "out", dev=False, max_steps=1))
+
+    with pytest.raises(ValueError, match=message):
+        run()
+    assert not list((tmp_path / "out").glob("*")) or not (tmp_path / "out" / "final").exists()
+
+
+def test_words_and_labels_must_be_as_many(tmp_path):
+    path = tasks_data.write(tmp_path / "rows.jsonl", [{"words": ["a", "b"], "tags": ["O"]}])
+    task = Task("t", "tokens", ("words",), "tags", ("O", "X"))
+    with pytest.raises(ValueError, match="2 words in 'words', 1 labels in 'tags'"):
+        read_examples(path, task)
+
+
+def test_labels_are_names_or_numbers(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("premise,hypothesis,label\na,b,neutral\na,b,2\na,b,0\n")
+    assert [example.label for example in read_examples(path, get_task("xnli"))] == [1, 2, 0]
+    path = tasks_data.write(tmp_path / "rows.jsonl", tasks_data.choices(3))
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    labels = [example.label for example in read_examples(path, get_task("belebele"))]
+    assert labels == [int(row["correct_answer_num"]) - 1 for row in rows]
+
+
+def test_a_folder_that_is_no_result_is_refused(tmp_path, teacher):
+    with pytest.raises(CheckpointError, match=r"no task\.json"):
+        load_result(tmp_path)
+    shutil.copytree(teacher[2].output_dir / "final", tmp_path / "final")
+    head = tmp_path / "final" / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_result(tmp_path / "final")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "data is missing"),
+        ({"data": ["rows.jsonl"]}, "LANGUAGE=FILE"),
+        ({"data": ["swahil=rows.jsonl"]}, "swahil"),
+        ({"teacher": None}, "no system"),
+        ({"teacher": None, "student": "x", "translator": "y"}, "a translator needs a teacher"),
+    ],
+)
+def test_bad_evaluations_are_refused(options, message, teacher, tmp_path):
+    given = {"data": [f"en={teacher[1].dev}"], "teacher": str(teacher[2].output_dir / "final")}
+    with pytest.raises((ValueError, UnknownLanguageError), match=message):
+        evaluate(EvaluateArguments(**given | options, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_translations_are_kept_and_do_not_depend_on_their_batch(tmp_path):
+    folder = tasks_data.translator_folder(tmp_path / "nllb")
+    cache = tmp_path / "cache.jsonl"
+    texts = ["Tous les êtres", "human", "Alle Menschen sind frei und gleich", "libres"]
+    languages = ["fra_Latn", "eng_Latn", "deu_Latn", "fra_Latn"]
+    translate = Translator(folder, max_new_tokens=6, cache=cache)
+    found = translate(texts, languages)
+    assert found[1] == "human"
+    assert [translate([text], [code])[0] for text, code in zip(texts, languages, strict=True)] == found
+    alone = Translator(folder, max_new_tokens=6)
+    assert [alone([text], [code])[0] for text, code in zip(texts, languages, strict=True)] == found
+    cache.write_bytes(cache.read_bytes() + b'{"key": "half')  # killed while it wrote
+    again = Translator(folder, max_new_tokens=6, cache=cache)
+    again._translate = None  # everything is known
+    assert again(texts, languages) == found
+    assert len(Translator(folder, num_beams=3, max_new_tokens=6, cache=cache)(texts, languages)) == 4
+    cache.write_text("no json\n")
+    with pytest.raises(ValueError, match="line 1: not a translation"):
+        Translator(folder, cache=cache)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Translator(folder, num_beams=0)
+
+
+def test_columns_beside_a_preset_replace_its_own():
+    task = TaskArguments(task="belebele", text_columns=["passage", "question"], choice_columns=["a", "b", "c"]).resolve()
+    assert task.text == ("passage", "question")
+    assert task.labels == ("1", "2", "3")
+    assert task.epochs == TASKS["belebele"].epochs
