@@ -156,6 +156,8 @@ def measure(benchmark: Any, call: Call) -> None:
         "error": error,
     }
     benchmark.extra_info.update(row)
+    if ON_GPU:
+        benchmark.extra_info["gpu"] = torch.cuda.get_device_name()
     ROWS.append(row)
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtllm_fast.configuration import MTLLMConfig as MTLLMConfig
+    from mtllm_fast.evaluation.evaluate import EvaluateArguments as EvaluateArguments
+    from mtllm_fast.evaluation.evaluate import evaluate as evaluate
     from mtllm_fast.models import MTLLM as MTLLM
     from mtllm_fast.models import MTLLMForMultipleChoice as MTLLMForMultipleChoice
     from mtllm_fast.models import MTLLMForSequenceClassification as MTLLMForSequenceClassification
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from mtllm_fast.ops.swiglu import swiglu as swiglu
     from mtllm_fast.ops.token_kl_loss import token_kl_loss as token_kl_loss
     from mtllm_fast.ops.varlen_attention import varlen_attention as varlen_attention
-    from mtllm_fast.evaluation.evaluate import EvaluateArguments as EvaluateArguments
-    from mtllm_fast.evaluation.evaluate import evaluate as evaluate
     from mtllm_fast.tasks.distill import DistillTaskArguments as DistillTaskArguments
     from mtllm_fast.tasks.distill import distill_task as distill_task
     from mtllm_fast.tasks.finetune import FinetuneArguments as FinetuneArguments

@@ -207,11 +207,11 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 def tiny_llm_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer for the tiny stack's LLM, whose checkpoint brings none: byte-level BPE of 512 tokens, BOS first."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_CONFIG["llm2vec_config"]["vocab_size"], special_tokens=["<unk>", "<s>", "</s>"],
         show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

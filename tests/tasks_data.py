@@ -54,7 +54,10 @@ def choices(count, seed=0):
 
 def words(count, seed=0):
     return [
-        {"words": row["text"].split(), "tags": ["X" if w in WORDS["eng_Latn"]["good"] else "O" for w in row["text"].split()]}
+        {
+            "words": row["text"].split(),
+            "tags": ["X" if w in WORDS["eng_Latn"]["good"] else "O" for w in row["text"].split()],
+        }
         for row in rows(count, seed=seed)
     ]
 

@@ -67,7 +67,9 @@ def teacher(tmp_path_factory):
 def states(teacher):
     folder, arguments, result, _ = teacher
     out = folder / "states.safetensors"
-    preembed(PreembedArguments(teacher=str(result.output_dir / "final"), data=arguments.train, out=str(out), shard_size=50))
+    preembed(
+        PreembedArguments(teacher=str(result.output_dir / "final"), data=arguments.train, out=str(out), shard_size=50)
+    )
     return out
 
 
@@ -75,7 +77,11 @@ def states(teacher):
 def student(teacher, states):
     folder, arguments, result, _ = teacher
     given = DistillTaskArguments(
-        teacher=str(result.output_dir / "final"), states=str(states), train=arguments.train, dev=arguments.dev, merge=True
+        teacher=str(result.output_dir / "final"),
+        states=str(states),
+        train=arguments.train,
+        dev=arguments.dev,
+        merge=True,
     )
     options = {"num_train_epochs": 6, "learning_rate": 3e-3, "per_device_train_batch_size": 16}
     return given, distill_task(given, how(arguments, folder / "student", **options)), options
@@ -154,7 +160,7 @@ def test_preembed_goes_on_after_a_kill(teacher, states, tmp_path):
 
 
 def test_the_student_learns_what_the_teacher_says(student, teacher):
-    given, result, _ = student
+    _, result, _ = student
     losses = [line["loss"] for line in result.log if "loss" in line]
     assert losses[-1] < losses[0] / 2
     loaded = load_result(result.output_dir / "final")
@@ -218,11 +224,21 @@ def test_evaluation_says_what_the_predictions_do(student, teacher, tmp_path):
 
 
 def test_the_commands_do_the_same(student, teacher, tmp_path):
-    folder, arguments, result, _ = teacher
+    arguments = teacher[1]
     run = [sys.executable, "-m", "mtllm_fast.cli"]
     quick = ["--max_steps", "2", "--use_cpu", "True", "--disable_tqdm", "True"]
     task = ["--kind", "sequence", "--text_columns", "text", "--labels", "good", "bad", "--max_length", "32"]
-    one = [*run, "finetune", *task, "--llm", arguments.llm, "--train", arguments.train, "--output_dir", str(tmp_path / "t")]
+    one = [
+        *run,
+        "finetune",
+        *task,
+        "--llm",
+        arguments.llm,
+        "--train",
+        arguments.train,
+        "--output_dir",
+        str(tmp_path / "t"),
+    ]
     done = subprocess.run([*one, *quick], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     final = str(tmp_path / "t" / "final")
@@ -232,7 +248,16 @@ def test_the_commands_do_the_same(student, teacher, tmp_path):
     three = [*run, "distill-task", "--teacher", final, "--states", states, "--train", arguments.train]
     done = subprocess.run([*three, "--output_dir", str(tmp_path / "d"), *quick], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    four = [*run, "evaluate", "--data", f"en={arguments.dev}", "--student", str(tmp_path / "d" / "final"), "--device", "cpu"]
+    four = [
+        *run,
+        "evaluate",
+        "--data",
+        f"en={arguments.dev}",
+        "--student",
+        str(tmp_path / "d" / "final"),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run([*four, "--output-dir", str(tmp_path / "e")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "mt-llm" in done.stdout
@@ -251,10 +276,6 @@ def test_a_run_goes_on_where_it_was_and_belongs_to_its_arguments(teacher, tmp_pa
         finetune(arguments, how(arguments, tmp_path / "out", **options | {"learning_rate": 0.1}))
 
 
-RECORDED = {"cls": Task("cls", "sequence", ("text",), "label", ("a", "b", "c"), max_length=64),
-            "mc": Task("mc", "choice", ("c", "q"), "label", ("1", "2", "3"), choices=("x", "y", "z"), max_length=64)}  # fmt: skip
-
-
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["cls", "mc"])
 def test_the_recorded_step_of_task_distillation(kind, mode):
@@ -263,13 +284,12 @@ def test_the_recorded_step_of_task_distillation(kind, mode):
     case = load_case("stage2-distillation")
     mask = case.inputs["attention_mask"].bool()
     classes = case.inputs[f"head_{kind}.weight"].shape[0]
-    task = RECORDED[kind]
-    if kind == "mc":
-        count = case.inputs["mean_mask"].shape[2]
-        names = tuple(map(str, range(1, count + 1)))
-        task = Task("mc", "choice", ("c", "q"), "label", names, choices=names, max_length=64)
-    else:
-        assert classes == len(task.labels)
+    count = case.inputs["mean_mask"].shape[2] if kind == "mc" else classes
+    names = tuple(map(str, range(1, count + 1)))
+    choices = {"kind": "choice", "text": ("c", "q"), "choices": names}
+    task = Task(
+        "recorded", label="label", labels=names, **choices if kind == "mc" else {"kind": "sequence", "text": ("t",)}
+    )
     stack = MTLLM.from_pretrained(case.checkpoint, dtype=DTYPES[mode])
     model = TaskModel(stack, task)
     with torch.no_grad():
@@ -297,7 +317,9 @@ def test_the_recorded_step_of_task_distillation(kind, mode):
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16"):
         out = model(**batch, states=target)
     out.loss.backward()
-    case.check(mode, **{f"{kind}.logits": out.logits, f"{kind}.embeds": out.states.view(case.expected[f"{kind}.embeds"].shape)})
+    case.check(
+        mode, **{f"{kind}.logits": out.logits, f"{kind}.embeds": out.states.view(case.expected[f"{kind}.embeds"].shape)}
+    )
     grads = {
         f"{kind}.grad." + name.split("llm2vec.")[1].replace(".default", ""): parameter.grad
         for name, parameter in model.named_parameters()
@@ -344,8 +366,9 @@ def test_choices_are_found_in_their_text_and_never_cut(reads_languages):
     assert len(batch["input_ids"]) == 64
     for unit, choice in zip(range(3), example.choices, strict=True):
         start, end = batch["unit_offsets"][unit : unit + 2].tolist()
-        said = tokenizer.decode(batch["input_ids"][batch["unit_indices"][start:end]]).strip()
-        assert choice in said or said in choice or "<unk>" in said
+        said = tokenizer.decode(batch["input_ids"][batch["unit_indices"][start:end]])
+        if choice.isascii():  # the tiny tokenizers have not every other character
+            assert "".join(said.split()) == "".join(choice.split())
     short = Task("t", "choice", ("c", "q"), "label", names, choices=names, max_length=8)
     with pytest.raises(ValueError, match="question and choices have"):
         TaskCollator(short, tokenizer, reads_languages=reads_languages)([example])
@@ -364,7 +387,9 @@ def test_words_have_the_state_of_their_first_token():
     assert batch["unit_indices"][0] == 1
 
 
-@pytest.mark.parametrize(("kind", "head"), [("choice", MTLLMForMultipleChoice), ("tokens", MTLLMForTokenClassification)])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("choice", MTLLMForMultipleChoice), ("tokens", MTLLMForTokenClassification)]
+)
 def test_choices_and_words_go_all_the_way(kind, head, tmp_path):
     llm = tasks_data.llm_folder(tmp_path / "llm")
     made = {"choice": tasks_data.choices, "tokens": tasks_data.words}[kind]
@@ -378,7 +403,9 @@ def test_choices_and_words_go_all_the_way(kind, head, tmp_path):
     result = finetune(arguments, how(arguments, tmp_path / "t", **quick))
     out = tmp_path / "s.safetensors"
     preembed(PreembedArguments(teacher=str(result.output_dir / "final"), data=train, out=str(out), shard_size=7))
-    given = DistillTaskArguments(teacher=str(result.output_dir / "final"), states=str(out), train=train, dev=dev, merge=True)
+    given = DistillTaskArguments(
+        teacher=str(result.output_dir / "final"), states=str(out), train=train, dev=dev, merge=True
+    )
     student = distill_task(given, how(arguments, tmp_path / "d", **quick))
     assert 0 <= student.metrics["accuracy"] <= 1
     assert head.from_pretrained(student.output_dir / "merged").score.weight.shape[0] == arguments.resolve().num_scores
@@ -490,7 +517,9 @@ def test_translations_are_kept_and_do_not_depend_on_their_batch(tmp_path):
 
 
 def test_columns_beside_a_preset_replace_its_own():
-    task = TaskArguments(task="belebele", text_columns=["passage", "question"], choice_columns=["a", "b", "c"]).resolve()
+    task = TaskArguments(
+        task="belebele", text_columns=["passage", "question"], choice_columns=["a", "b", "c"]
+    ).resolve()
     assert task.text == ("passage", "question")
     assert task.labels == ("1", "2", "3")
     assert task.epochs == TASKS["belebele"].epochs

@@ -124,7 +124,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the precision report here, as JSON.")] = None,
 ) -> None:
-    """A task in many languages: the stack, its LLM alone, translate-test. Or, with --precision-report, 8-bit products."""
+    """A task in many languages: the stack, its LLM alone, translate-test. With --precision-report: 8-bit products."""
     if precision_report:
         from mtllm_fast.cli.precision_report import PrecisionJob
         from mtllm_fast.cli.precision_report import precision_report as report
@@ -145,7 +145,9 @@ def evaluate(
         )
         return
     if not data:
-        raise ValueError("say what to evaluate: --data LANGUAGE=FILE with --student or --teacher; or --precision-report")
+        raise ValueError(
+            "say what to evaluate: --data LANGUAGE=FILE with --student or --teacher; or --precision-report"
+        )
     from mtllm_fast.cli.encode import pick_device
     from mtllm_fast.cli.evaluate import EvaluateArguments, run
 

@@ -62,7 +62,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     and their averages over languages.
 
     Raises:
-        ValueError: no system, data that do not fit the task, a translator without a teacher, systems of different tasks.
+        ValueError: no system, data that do not fit the task, a translator without a teacher, systems of several tasks.
         UnknownLanguageError: names the nearest codes.
         FileExistsError: ``output_dir`` holds results, and ``overwrite`` is not set.
     """

@@ -100,8 +100,8 @@ class Translator:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.model.device)
         mask = (torch.arange(ids.shape[1])[None] < torch.from_numpy(tokens.lengths)[:, None]).to(ids)
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, forced_bos_token_id=self._bos, num_beams=self.num_beams, do_sample=False,
-            max_new_tokens=self.max_new_tokens,
+            input_ids=ids, attention_mask=mask, forced_bos_token_id=self._bos, num_beams=self.num_beams,
+            do_sample=False, max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 

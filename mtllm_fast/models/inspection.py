@@ -59,11 +59,15 @@ class Inspection:
         same_tensors = _same(chain.from_iterable(map(dict.values, self.owners)), self.tensors)
         return same_children and same_tensors and _addresses(self.tensors) == self.addresses
 
-
     def is_same(self, other: Inspection) -> bool:
         """Whether a capture under the other one is as good under this."""
         same = self.device == other.device and self.composite is other.composite
-        return same and _same(self.modules, other.modules) and _same(self.tensors, other.tensors) and self.addresses == other.addresses
+        return (
+            same
+            and _same(self.modules, other.modules)
+            and _same(self.tensors, other.tensors)
+            and self.addresses == other.addresses
+        )
 
 
 def inspect(model: MTLLM) -> Inspection:

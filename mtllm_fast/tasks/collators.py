@@ -29,9 +29,9 @@ class _Tokens(NamedTuple):
 class TaskCollator:
     """Batches of examples for models of a task.
 
-    The text of a pair is ``prefix A prefix B suffix``, that of a choice task ``context question\\n1 c1\\n2 c2 …``, words
-    are joined by blanks. A stack's prefix is the row's language code (once), its suffix ``</s>``; an LLM's are those
-    that its tokenizer puts around a text (Llama: a BOS before each half of a pair), as in the authors' code.
+    The text of a pair is ``prefix A prefix B suffix``, that of a choice task ``context question\\n1 c1\\n2 c2 …``,
+    words are joined by blanks. A stack's prefix is the row's language code (once), its suffix ``</s>``; an LLM's are
+    those that its tokenizer puts around a text (Llama: a BOS before each half of a pair), as in the authors' code.
 
     Args:
         tokenizer: fast; it is copied.
@@ -46,6 +46,8 @@ class TaskCollator:
         if not getattr(tokenizer, "is_fast", False):
             raise TypeError(f"tokenizer must be a fast one, whose offsets find words, got {type(tokenizer).__name__}")
         self.task, self.reads_languages = task, reads_languages
+        self._prefix: list[int]
+        self._suffix: list[int]
         self._rust = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._rust.no_truncation()
         self._rust.no_padding()
@@ -63,8 +65,8 @@ class TaskCollator:
             examples: of B texts with U units, each alone or with the teacher's states ``[units, D]``.
 
         Returns:
-            dict: ``input_ids`` int64 ``[T]``, ``cu_seqlens`` int32 ``[B + 1]``, ``max_seqlen``; ``labels`` int64 (``[B]``,
-            for words ``[U]`` with -100 for those that were cut off); except for sequences ``unit_indices`` ``[K]`` and
+            dict: ``input_ids`` int64 ``[T]``, ``cu_seqlens`` int32 ``[B + 1]``, ``max_seqlen``; ``labels`` int64 ``[B]``
+            (words: ``[U]``, without those that were cut off); except for sequences ``unit_indices`` ``[K]`` and
             ``unit_offsets`` ``[U + 1]``: which packed tokens a unit consists of; ``states`` ``[U, D]`` if given.
         """
         pairs = [example if isinstance(example, tuple) else (example, None) for example in examples]
@@ -73,10 +75,12 @@ class TaskCollator:
         batch["max_seqlen"] = max(len(row.ids) for row in rows)
         if self.task.kind != "sequence":
             batch |= _units(rows, batch["cu_seqlens"].tolist())
-        labels = [example.label for example, _ in pairs]
+        labels: list[Any] = [example.label for example, _ in pairs]
         if self.task.kind == "tokens":
             kept = [[unit is not None for unit in row.units] for row in rows]
-            flat = [tag for tags, there in zip(labels, kept, strict=True) for tag, t in zip(tags, there, strict=True) if t]
+            flat = [
+                tag for tags, there in zip(labels, kept, strict=True) for tag, t in zip(tags, there, strict=True) if t
+            ]
             batch["labels"] = torch.tensor(flat)
         elif all(label is not None for label in labels):
             batch["labels"] = torch.tensor(labels)
@@ -98,7 +102,12 @@ class TaskCollator:
             halves = [self._encode(text).ids for text in example.text]
             between = [] if self.reads_languages or len(halves) == 1 else self._prefix
             halves = _cut_longest(halves, room - len(between))
-            ids = [*prefix, *halves[0], *(between if len(halves) == 2 else []), *(halves[1] if len(halves) == 2 else [])]
+            ids = [
+                *prefix,
+                *halves[0],
+                *(between if len(halves) == 2 else []),
+                *(halves[1] if len(halves) == 2 else []),
+            ]
             return _Tokens([*ids, *self._suffix], [[*range(len(ids) + len(self._suffix))]])
         if self.task.kind == "choice":
             ids, spans = self._choices(example, room)
@@ -164,7 +173,10 @@ def _cut_longest(halves: list[list[int]], room: int) -> list[list[int]]:
 
 def _units(rows: Sequence[_Tokens], starts: Sequence[int]) -> dict[str, torch.Tensor]:
     spans = [
-        [start + i for i in unit] for row, start in zip(rows, starts, strict=False) for unit in row.units if unit is not None
+        [start + i for i in unit]
+        for row, start in zip(rows, starts, strict=False)
+        for unit in row.units
+        if unit is not None
     ]
     offsets = torch.tensor([0, *(len(span) for span in spans)]).cumsum(0)
     return {"unit_indices": torch.tensor([i for span in spans for i in span]), "unit_offsets": offsets}

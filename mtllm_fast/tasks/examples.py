@@ -17,7 +17,7 @@ from mtllm_fast.text.languages import resolve_language
 
 @dataclass(frozen=True)
 class Example:
-    """One row. ``text``: the task's text columns (words for ``"tokens"``); ``label``: a class, one per word, or None."""
+    """One row. ``text``: the task's text columns (words for ``"tokens"``); ``label``: a class, one per word, None."""
 
     id: str
     text: tuple[str, ...]

@@ -58,10 +58,12 @@ def finetune(arguments: FinetuneArguments, trainer_arguments: TrainingArguments 
         >>> from mtllm_fast import FinetuneArguments, finetune, task_training_arguments
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     rows = pathlib.Path(folder, "train.jsonl")
-        ...     _ = rows.write_text("".join(json.dumps({"text": t, "label": t[:4]}) + chr(10) for t in ("good one", "evil two")))
+        ...     made = ({"text": text, "label": text[:4]} for text in ("good one", "evil two"))
+        ...     _ = rows.write_text("".join(json.dumps(row) + chr(10) for row in made))
         ...     arguments = FinetuneArguments(kind="sequence", text_columns=["text"], labels=["good", "evil"],
         ...                                   train=str(rows), dev=str(rows))
-        ...     how = task_training_arguments(arguments.resolve(), folder + "/out", True, max_steps=1, disable_tqdm=True)
+        ...     task, quick = arguments.resolve(), {"max_steps": 1, "disable_tqdm": True}
+        ...     how = task_training_arguments(task, folder + "/out", True, **quick)
         ...     result = finetune(arguments, how)
         >>> sorted(result.metrics)
         ['accuracy', 'macro_f1']

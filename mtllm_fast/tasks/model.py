@@ -34,7 +34,7 @@ FORMAT = 1
 
 @dataclass
 class TaskOutput(ModelOutput):
-    """``loss`` where labels or states were given; ``logits`` ``[B, C]``, for words ``[U, C]``; ``states`` ``[U, D]``."""
+    """``loss`` where labels or states were given; ``logits`` ``[B, C]`` (words: ``[U, C]``); ``states`` ``[U, D]``."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -78,8 +78,8 @@ class TaskModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        cu_seqlens: Tensor,
+        input_ids: Any,
+        cu_seqlens: Any,
         max_seqlen: int | None = None,
         unit_indices: Tensor | None = None,
         unit_offsets: Tensor | None = None,
@@ -91,15 +91,15 @@ class TaskModel(nn.Module):
         tensors = (input_ids, cu_seqlens, unit_indices, unit_offsets, labels, states)
         moved = [None if tensor is None else tensor.to(self.device) for tensor in tensors]
         input_ids, cu_seqlens, unit_indices, unit_offsets, labels, states = moved
-        assert input_ids is not None
-        assert cu_seqlens is not None
         own = self._states(input_ids, cu_seqlens, max_seqlen, unit_indices, unit_offsets)
         logits = self.score(own.to(self.score.weight.dtype))
         if self.task.kind == "choice":
             logits = logits.view(-1, len(self.task.choices))
         loss = None
         if states is not None:
-            known = ~states[:, 0].isnan() if self.task.kind == "tokens" else slice(None)  # words that the teacher cut off
+            known = (
+                ~states[:, 0].isnan() if self.task.kind == "tokens" else slice(None)
+            )  # words that the teacher cut off
             loss = F.mse_loss(own[known].float(), states[known].float())
         elif labels is not None:
             loss = F.cross_entropy(logits.float(), labels)
@@ -115,7 +115,7 @@ class TaskModel(nn.Module):
             hidden = self.tower.hidden(batch)
         else:
             hidden, is_normed = self._llm_states(ids, cu_seqlens, max_seqlen)
-            norm = getattr(self.llm, "norm", None)
+            norm: Any = getattr(self.llm, "norm", None)
             if indices is None and not is_normed and is_rms_norm(norm):
                 return norm_pool(hidden, norm.weight, cu_seqlens, eps=norm.variance_epsilon)
             hidden = hidden if is_normed else final_norm(self.llm, hidden)
@@ -156,7 +156,7 @@ def _is_packed(llm: Any) -> bool:
 
 
 def add_lora(model: TaskModel, *, r: int, alpha: int, dropout: float) -> Any:
-    """LoRA in all linear layers of the LLM, in place; everything else of the tower is frozen. PEFT's wrapper comes back."""
+    """LoRA in all linear layers of the LLM, in place; the rest of the tower is frozen. PEFT's wrapper comes back."""
     try:
         import peft
     except ImportError:
@@ -171,7 +171,7 @@ def add_lora(model: TaskModel, *, r: int, alpha: int, dropout: float) -> Any:
 
 
 def save_result(model: TaskModel, wrapped: Any, facts: dict[str, Any], folder: Path) -> None:
-    """``adapter/`` as PEFT writes it, ``head.safetensors`` (with ``up_proj`` where it was trained) and ``task.json``."""
+    """``adapter/`` as PEFT writes it, ``head.safetensors`` (with ``up_proj`` if it was trained) and ``task.json``."""
     weights = whole_weights(model)
     begun = begin(folder)
     prefix = "tower.llm2vec." if isinstance(model.tower, MTLLM) else "tower."

@@ -62,7 +62,9 @@ def preembed(arguments: PreembedArguments) -> Path:
     bounds = [0, *itertools.accumulate(example.units for example in examples)]
     width = loaded.model.tower.config.hidden_size
     identity = {"teacher": digest(teacher / MANIFEST), "data": digest(arguments.data), "language": arguments.language}
-    job = ShardedJob(bounds[-1], width, "float32", arguments.shard_size, {**identity, "dtype_of_model": arguments.dtype})
+    job = ShardedJob(
+        bounds[-1], width, "float32", arguments.shard_size, {**identity, "dtype_of_model": arguments.dtype}
+    )
     with open_shards(out, job, arguments.overwrite) as shards:
         for index in tqdm(shards.missing, desc="shards", disable=None):
             start = index * job.shard_rows
@@ -80,7 +82,9 @@ def _states(
 ) -> np.ndarray:  # fmt: skip
     """Vectors start … end; texts that lie across a shard's bounds are computed for both."""
     inside = [i for i in range(len(examples)) if bounds[i] < end and bounds[i + 1] > start]
-    values = np.full((bounds[inside[-1] + 1] - bounds[inside[0]], loaded.model.tower.config.hidden_size), np.nan, np.float32)
+    values = np.full(
+        (bounds[inside[-1] + 1] - bounds[inside[0]], loaded.model.tower.config.hidden_size), np.nan, np.float32
+    )
     first = bounds[inside[0]]
     for at in range(0, len(inside), batch_rows):
         chosen = inside[at : at + batch_rows]

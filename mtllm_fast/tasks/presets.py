@@ -19,7 +19,7 @@ class Task:
         choices: columns of the choices.
         label: column of the label (a list of them for words).
         labels: names of the classes. Data hold the names, or numbers from ``first_label``. For choices: their numbers.
-        max_length: most tokens of a text. A pair loses the ends of the longer one, a choice task the end of its context.
+        max_length: most tokens of a text. A pair loses the end of the longer one, a choice task that of its context.
         epochs, learning_rate, batch_size, warmup: warm-up as a part of all steps.
         seeds: that the authors average over.
     """
@@ -67,7 +67,8 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Task:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 _NLI = Task("nli", "sequence", ("premise", "hypothesis"), "label", ("entailment", "neutral", "contradiction"))
@@ -82,7 +83,8 @@ TASKS = {
         choices=("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4"), first_label=1, max_length=4096, epochs=5,
     ),
     "nusax": Task(
-        "nusax", "sequence", ("text",), "label", ("negative", "neutral", "positive"), epochs=20, seeds=(42, 43, 44, 45, 46)
+        "nusax", "sequence", ("text",), "label", ("negative", "neutral", "positive"), epochs=20,
+        seeds=(42, 43, 44, 45, 46),
     ),
 }  # fmt: skip
 

@@ -95,7 +95,9 @@ class Rows(Dataset[Any]):
 
 
 class TaskTrainer(ResumableTrainer):
-    """A ``Trainer`` of ``TaskModel`` whose evaluation is accuracy and macro-F1 of ``eval_dataset``, a list of examples."""
+    """A ``Trainer`` of ``TaskModel``; its evaluation: accuracy and macro-F1 of ``eval_dataset``, a list of examples."""
+
+    data_collator: Any
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -139,7 +141,7 @@ def recipe(task: Task, dev: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a command of stage 2 wrote: ``final/`` (and ``merged/``), ``predictions.jsonl`` and ``metrics.json`` of dev."""
+    """What a command of stage 2 wrote: ``final/`` (``merged/``), ``predictions.jsonl`` and ``metrics.json`` of dev."""
 
     output_dir: Path
     log: list[dict[str, Any]]

@@ -34,8 +34,8 @@ class StreamingBatches(IterableDataset[dict[str, Any]]):
     One iterator at a time: they share the stream.
 
     Raises:
-        ValueError: neither or both sizes, a budget below the collator's ``max_length``, or one on documents that end for
-            several processes, which would end apart.
+        ValueError: neither or both sizes, a budget below the collator's ``max_length``, or one on documents that end
+            for several processes, which would end apart.
 
     >>> from mtllm_fast.tiny import tiny_documents, tiny_llm_tokenizer, tiny_path
     >>> from transformers import AutoTokenizer
