@@ -65,11 +65,10 @@ def sanitizer(tool: str, *options: str) -> tuple[str, ...]:
     return (program, "--tool", tool, *options, *ours_alone, sys.executable, SMALL_KERNELS)
 
 
-def throughput(out: Path, stage: str, size: str, workload: str, peers: str, texts: int, rounds: int) -> tuple[str, ...]:
-    """One throughput run, into the result file of its stage."""
+def throughput(out: Path, stage: str, size: str, *options: str) -> tuple[str, ...]:
+    """One run of the benchmark in any of its modes, into the result file of its stage."""
     return (
-        sys.executable, "benchmarks/throughput.py", "--size", size, "--dtype", "bf16", "--device", "cuda",
-        "--workload", workload, "--peers", peers, "--sentences", str(texts), "--rounds", str(rounds),
+        sys.executable, "benchmarks/throughput.py", "--size", size, "--dtype", "bf16", "--device", "cuda", *options,
         "--out", str(out / f"{stage}.json"), "--no-plot",
     )  # fmt: skip
 
@@ -86,23 +85,12 @@ def all_stages(out: Path, size: str) -> list[Stage]:
     peers = "reference,reference-sorted,ours"
     layers = ("rms_norm", "rope", "swiglu", "layer_norm", "bias_relu", "embed_tokens", "lora_linear", "quantize_rows")
 
-    def encode(name: str, budget_seconds: float, workload: str, peers: str, texts: int, rounds: int) -> Stage:
-        command = throughput(out, name, size, workload, peers, texts, rounds)
-        return Stage(name, budget_seconds, (command,), result=True)
+    def mode(name: str, budget_seconds: float, *options: str) -> Stage:
+        return Stage(name, budget_seconds, (throughput(out, name, size, *options),), result=True)
 
-    def mode(name: str, budget_seconds: float, *arguments: str) -> Stage:
-        command = (
-            python,
-            "benchmarks/throughput.py",
-            "--size",
-            size,
-            "--dtype",
-            "bf16",
-            "--device",
-            "cuda",
-            *arguments,
-        )
-        return Stage(name, budget_seconds, ((*command, "--out", str(out / f"{name}.json"), "--no-plot"),), result=True)
+    def encode(name: str, budget_seconds: float, workload: str, peers: str, texts: int, rounds: int) -> Stage:
+        counts = ("--sentences", str(texts), "--rounds", str(rounds))
+        return mode(name, budget_seconds, "--workload", workload, "--peers", peers, *counts)
 
     def ops(name: str, budget_seconds: float, *modules: str, chosen: str = "not compiled") -> Stage:
         """Op benchmarks (all, if none is named) that write one result, at the end: a stage cut off loses all of it."""
@@ -127,6 +115,9 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
         mode("latency", 60, "--mode", "latency", "--peers", "reference,ours"),
         mode("train", 90, "--mode", "train", "--peers", "reference,ours"),
+        mode(
+            "sweep", 60, "--sweep", "1,8,64", "--peers", "reference-sorted,ours", "--sentences", "256", "--rounds", "3"
+        ),
         ops("ops-layers", 90, *layers),
         ops("ops-stack", 100, "stack_projection"),
         ops("ops-pool", 40, "norm_pool"),

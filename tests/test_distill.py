@@ -15,9 +15,18 @@ import pytest
 import torch
 from recorded_stage1 import recorded, recorded_inputs, recorded_name
 
-from mtllm_fast import MTLLM, DistillArguments, SelfDistillationTrainer, distill, training_arguments
+from mtllm_fast import (
+    MTLLM,
+    DistillArguments,
+    MTLLMForSelfDistillation,
+    SelfDistillationTrainer,
+    distill,
+    training_arguments,
+)
 from mtllm_fast.core.errors import BatchTooLargeError, CheckpointError
+from mtllm_fast.tiny import tiny_documents, tiny_llm_tokenizer
 from mtllm_fast.training.checkpoints import damage, newest
+from mtllm_fast.training.teacher_cache import TeacherCache
 from mtllm_fast.training.trainer import load_trained, read_trained
 
 SMALL = {"preset": "tiny", "documents_per_batch": 4, "init_documents": 32, "eval_documents": 4, "max_length": 32}
@@ -204,6 +213,52 @@ def test_two_processes_are_one(kind, tmp_path):
     next(checkpoint.glob("trained-00001-*.json")).unlink()
     with pytest.raises(CheckpointError, match="not all of them"):
         read_trained(checkpoint)
+
+
+def test_the_teacher_reads_a_document_once(tmp_path, monkeypatch):
+    """Eight documents, read three times over: the same losses as without, and the teacher is asked of each once."""
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in tiny_documents()[:8]))
+    options = {"data": [str(tmp_path / "texts.txt")], "span_weight": 0.0, "sequence_weight": 1.0}
+    options |= {"lora_dropout": 0.0, "init_documents": 8}
+    asked = []
+    teacher = MTLLMForSelfDistillation.teacher_pooled
+
+    def counted(self, ids, cu_seqlens):
+        asked.append(len(cu_seqlens) - 1)
+        return teacher(self, ids, cu_seqlens)
+
+    monkeypatch.setattr(MTLLMForSelfDistillation, "teacher_pooled", counted)
+    runs = []
+    for cached in (False, True):
+        arguments = small(model="tiny", llm_tokenizer=str(llm_folder(tmp_path)), teacher_cache=cached, **options)
+        runs.append(distill(arguments, how(arguments, tmp_path / f"out-{cached}", save_strategy="no")))
+    assert asked == [4, 4]
+    for plain, kept in zip(*(losses(run.log) for run in runs), strict=True):
+        assert kept == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(ValueError, match="span_weight must be 0, is 0.5"):
+        small(teacher_cache=True).check()
+
+
+def test_a_torn_cache_is_cut_and_another_teachers_refused(tmp_path):
+    path, tokens, bounds = tmp_path / "cache", torch.arange(6), torch.tensor([0, 2, 6])
+    states = torch.randn(2, 3)
+    TeacherCache(path, 3, "a").pooled(tokens, bounds, lambda ids, cu_seqlens: states)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    cache = TeacherCache(path, 3, "a")
+    assert len(cache) == 1
+    asked = cache.pooled(tokens, bounds, lambda ids, cu_seqlens: states[1:])
+    assert torch.equal(asked, states)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:50] + b"?" + whole[51:])
+    assert len(TeacherCache(path, 3, "a")) == 0
+    with pytest.raises(ValueError, match="another teacher"):
+        TeacherCache(path, 3, "b")
+
+
+def llm_folder(folder):
+    tiny_llm_tokenizer().save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def test_weights_of_another_model_are_refused(whole):

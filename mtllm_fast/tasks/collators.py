@@ -65,8 +65,8 @@ class TaskCollator:
             examples: of B texts with U units, each alone or with the teacher's states ``[units, D]``.
 
         Returns:
-            dict: ``input_ids`` int64 ``[T]``, ``cu_seqlens`` int32 ``[B + 1]``, ``max_seqlen``; ``labels`` int64 ``[B]``
-            (words: ``[U]``, without those that were cut off); except for sequences ``unit_indices`` ``[K]`` and
+            dict: ``input_ids`` int64 ``[T]``, ``cu_seqlens`` int32 ``[B + 1]``, ``max_seqlen``; ``labels`` int64
+            ``[B]`` (words: ``[U]``, without those that were cut off); except for sequences ``unit_indices`` ``[K]`` and
             ``unit_offsets`` ``[U + 1]``: which packed tokens a unit consists of; ``states`` ``[U, D]`` if given.
         """
         pairs = [example if isinstance(example, tuple) else (example, None) for example in examples]

@@ -85,7 +85,8 @@ def _example(record: dict[str, Any], task: Task, where: str, identity: str, lang
         tags = tuple(_label(name, task, where) for name in names) if labelled else (-100,) * len(words)
         return Example(identity, words, (), tags, language)
     text = tuple(_text(record[column], where, column) for column in task.text)
-    choices = tuple(_text(record[column], where, column) for column in task.choices)
+    # An empty choice reads "None", as in the authors' code: some multiple-choice data have such.
+    choices = tuple(_text(record[column] or "None", where, column) for column in task.choices)
     return Example(identity, text, choices, _label(label, task, where) if labelled else None, language)
 
 

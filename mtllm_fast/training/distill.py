@@ -28,6 +28,7 @@ from mtllm_fast.training.stacks import (
     save_result,
 )
 from mtllm_fast.training.streams import DocumentStream, open_documents
+from mtllm_fast.training.teacher_cache import TeacherCache
 from mtllm_fast.training.trainer import load_trained, whole_weights
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         documents, collate, documents_per_batch=per_batch, tokens_per_batch=arguments.tokens_per_batch
     )
     eval_batches = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
-    trainer = SelfDistillationTrainer(joint, how, train_dataset=batches, eval_dataset=eval_batches or None)
+    cache = _teacher_cache(arguments, how, model) if arguments.teacher_cache else None
+    trainer = SelfDistillationTrainer(
+        joint, how, train_dataset=batches, eval_dataset=eval_batches or None, teacher_cache=cache
+    )
     run.begin()
     if checkpoint is not None and step_of(checkpoint) >= how.max_steps:
         load_trained(checkpoint, joint)
@@ -131,6 +135,13 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = _last_metrics(trainer) if eval_batches else {}
     return _finish(arguments, trainer, wrapped, tokenizers[1], metrics)
+
+
+def _teacher_cache(arguments: DistillArguments, how: TrainingArguments, model: Any) -> TeacherCache:
+    """One for each process, which sees documents of its own."""
+    path = Path(str(how.output_dir)) / f"teacher-{how.process_index:05d}-of-{how.world_size:05d}.states"
+    identity = f"{arguments.llm or arguments.model} {arguments.dtype} {arguments.load_in_4bit} {arguments.max_length}"
+    return TeacherCache(path, model.config.hidden_size, identity)
 
 
 def _last_metrics(trainer: SelfDistillationTrainer) -> dict[str, float]:

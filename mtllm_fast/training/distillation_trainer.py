@@ -17,6 +17,7 @@ from mtllm_fast.core.errors import BatchTooLargeError
 from mtllm_fast.models.flops import step_flops
 from mtllm_fast.training.runs import step_of
 from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation
+from mtllm_fast.training.teacher_cache import TeacherCache
 from mtllm_fast.training.trainer import ResumableTrainer
 
 _OF_SENTENCES = ("sequence_loss", "fvu", "fvu_student", "cosine", "norm_difference")
@@ -25,6 +26,8 @@ _OF_SPANS = ("span_loss", "span_cosine", "span_norm_difference")
 
 class SelfDistillationTrainer(ResumableTrainer):
     """A ``Trainer`` of ``MTLLMForSelfDistillation`` whose batches come packed.
+
+    With ``teacher_cache`` the teacher reads a document once, whatever the number of epochs; for the loss of texts alone.
 
     ``train_dataset`` yields batches as ``DataCollatorForSelfDistillation`` makes them, for this process alone, and has
     ``state_dict`` and ``load_state_dict`` (``StreamingBatches``); ``eval_dataset`` is a list of such batches, the same
@@ -36,8 +39,13 @@ class SelfDistillationTrainer(ResumableTrainer):
     checkpointing computes again), peak memory in GiB (of the GPU, or of the process), seconds left.
     """
 
-    def __init__(self, model: MTLLMForSelfDistillation, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: MTLLMForSelfDistillation, *args: Any, teacher_cache: TeacherCache | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        if teacher_cache is not None and model.span_weight:
+            raise ValueError("teacher_cache holds what the teacher says of texts, not of spans: span_weight must be 0")
+        self._teacher_cache = teacher_cache
         self.args.ignore_data_skip = True  # the stream knows where it was
         self._sums: dict[str, Tensor] = {}
         self._counts = {"texts": 0.0, "spans": 0.0, "tokens": 0.0, "flops": 0.0}
@@ -74,9 +82,18 @@ class SelfDistillationTrainer(ResumableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        out = model(**inputs)
+        out = model(**self._with_teacher(model, inputs))
         self._count(inputs, out)
         return (out.loss, out) if return_outputs else out.loss
+
+    def _with_teacher(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the teacher's states in place of its tokens, where they are kept."""
+        if self._teacher_cache is None:
+            return batch
+        joint = self.accelerator.unwrap_model(model)
+        pooled = self._teacher_cache.pooled(batch["input_ids"].cpu(), batch["cu_seqlens"].cpu(), joint.teacher_pooled)
+        own = ("input_ids", "cu_seqlens", "max_seqlen")
+        return {name: value for name, value in batch.items() if name not in own} | {"teacher_pooled": pooled}
 
     @torch.no_grad()
     def _count(self, batch: dict[str, Any], out: Any) -> None:

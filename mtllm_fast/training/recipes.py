@@ -92,6 +92,10 @@ class DistillArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA's dropout."})
     dtype: str = field(default="auto", metadata={"help": "Of frozen weights: auto (the LLM's), float32, bfloat16."})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM in NF4 by bitsandbytes."})
+    teacher_cache: bool = field(
+        default=False,
+        metadata={"help": "Keep what the teacher says of a document for the next epoch; needs span_weight 0."},
+    )
     merge: bool = field(default=False, metadata={"help": "At the end, also write OUTPUT_DIR/merged, adapters merged."})
     overwrite: bool = field(default=False, metadata={"help": "Start anew in an output_dir that holds a run."})
 
@@ -107,7 +111,6 @@ class DistillArguments:
 
     def check(self) -> None:
         """Raises ValueError for values that cannot be, or not together."""
-        _ = self.recipe  # an unknown preset raises
         if self.model is not None and (self.encoder is not None or self.llm is not None):
             raise ValueError("give either model, or encoder and llm")
         if self.model is None and (self.encoder is None) != (self.llm is None):
@@ -121,6 +124,11 @@ class DistillArguments:
         if self.tokens_per_batch is not None and self.tokens_per_batch < self.max_length:
             raise ValueError(
                 f"tokens_per_batch must hold one text of max_length={self.max_length}, got {self.tokens_per_batch}"
+            )
+        weight = self.recipe.span_weight if self.span_weight is None else self.span_weight
+        if self.teacher_cache and weight:
+            raise ValueError(
+                f"teacher_cache keeps the states of texts, not of spans: span_weight must be 0, is {weight}"
             )
         for name in ("max_length", "init_documents", "lora_r", "eval_documents", "documents_per_batch"):
             value = getattr(self, name)

@@ -14,6 +14,7 @@ from mtllm_fast.models.inputs import packed_layout, prepare_inputs
 from mtllm_fast.models.plain import is_rms_norm
 from mtllm_fast.models.towers import evaluating, run_llm, run_other_llm
 from mtllm_fast.ops.distillation_loss import distillation_loss
+from mtllm_fast.ops.norm_pool import norm_pool
 from mtllm_fast.packing import PackedLayout, packing_from_mask
 from mtllm_fast.text.alignment import SpanAlignment
 from mtllm_fast.training.adapters import adapter_modules, adapter_parameters, adapters_off
@@ -197,6 +198,16 @@ class MTLLMForSelfDistillation(nn.Module):
             **self.options,
         )  # fmt: skip
         return SelfDistillationOutput(**out._asdict())
+
+    @torch.no_grad()
+    def teacher_pooled(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What the teacher says of packed texts, ``[B, D]``: its mean states, which ``forward`` takes back."""
+        said = self._teacher(input_ids.to(self.mtllm.device), None, cu_seqlens.to(self.mtllm.device), None)
+        states, weight = said["teacher_states"], said["teacher_weight"]
+        bounds = said["teacher_cu_seqlens"]
+        if weight is None:
+            return torch.segment_reduce(states.float(), "mean", offsets=bounds.long(), axis=0)
+        return norm_pool(states, weight, bounds, eps=said["teacher_eps"])
 
     @torch.no_grad()
     def _teacher(
