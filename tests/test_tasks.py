@@ -38,6 +38,7 @@ from mtllm_fast.evaluation.translate import Translator
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import Example, read_examples
 from mtllm_fast.tasks.model import TaskModel, load_result, read_facts
+from mtllm_fast.tasks.predict import predict
 from mtllm_fast.tasks.preembed import States
 from mtllm_fast.tasks.presets import TASKS, Task, get_task
 from mtllm_fast.tasks.training import TaskArguments
@@ -509,11 +510,32 @@ def test_translations_are_kept_and_do_not_depend_on_their_batch(tmp_path):
     again._translate = None  # everything is known
     assert again(texts, languages) == found
     assert len(Translator(folder, num_beams=3, max_new_tokens=6, cache=cache)(texts, languages)) == 4
+    torch.nn.init.normal_(again.model.lm_head.weight.data)
+    again.model.save_pretrained(folder)
+    changed = Translator(folder, max_new_tokens=6, cache=cache)
+    changed._translate = lambda texts, languages: ["anew"] * len(texts)
+    assert changed(texts, languages)[0] == "anew"  # other weights under the same path
     cache.write_text("no json\n")
     with pytest.raises(ValueError, match="line 1: not a translation"):
         Translator(folder, cache=cache)
     with pytest.raises(ValueError, match="must be at least 1"):
         Translator(folder, num_beams=0)
+
+
+def test_a_model_that_says_nan_has_no_prediction(teacher):
+    loaded = load_result(teacher[2].output_dir / "final")
+    collate = TaskCollator(loaded.model.task, loaded.tokenizer, reads_languages=False)
+    examples = read_examples(teacher[1].dev, loaded.model.task)
+    loaded.model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="says NaN"):
+        predict(loaded.model, collate, examples)
+
+
+def test_an_empty_choice_reads_none(tmp_path):
+    rows = tasks_data.choices(1)
+    rows[0]["mc_answer2"] = ""
+    example = read_examples(tasks_data.write(tmp_path / "rows.jsonl", rows), get_task("belebele"))[0]
+    assert example.choices[1] == "None"
 
 
 def test_columns_beside_a_preset_replace_its_own():

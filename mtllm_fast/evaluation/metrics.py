@@ -17,7 +17,8 @@ def read_predictions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: a line without language, label or prediction, or no line.
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # ids may hold other separators
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append({name: row[name] for name in ("id", "language", "label", "prediction")})

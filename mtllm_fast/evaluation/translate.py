@@ -61,7 +61,7 @@ class Translator:
         self._bos = self.tokenizer.backend_tokenizer.token_to_id(self.target)
         if self._bos is None:
             raise UnknownLanguageError(f"{model}: its tokenizer has no token for {self.target!r}")
-        self._options = f"{model} {self.target} {num_beams} {max_new_tokens} {max_length} {dtype}"
+        self._options = f"{_fingerprint(self.model)} {self.target} {num_beams} {max_new_tokens} {max_length}"
         self._cache = None if cache is None else Path(cache)
         self._known: dict[str, str] = {} if self._cache is None else _read_cache(self._cache)
 
@@ -116,6 +116,15 @@ class Translator:
                 file.writelines(json.dumps({"key": k, "text": t}, ensure_ascii=False) + "\n" for k, t in found.items())
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the weights themselves, a sample of each: a folder may hold others the next time."""
+    result = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        sample = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes()
+        result.update(f"{name} {list(weight.shape)} {weight.dtype}".encode() + sample)
+    return result.hexdigest()
 
 
 def _read_cache(path: Path) -> dict[str, str]:

@@ -36,6 +36,8 @@ def predict(
             chosen = [examples[i] for i in indices]
             batch = {name: value for name, value in collate(chosen).items() if name not in ("labels", "states")}
             logits = model(**batch).logits.float().cpu()
+            if not logits.isfinite().all():
+                raise ValueError(f"the model says NaN or infinity of example {chosen[0].id} or those batched with it")
             found |= dict(zip(indices, _predictions(model, collate, chosen, logits), strict=True))
     finally:
         model.train(was_training)

@@ -27,7 +27,7 @@ _OF_SPANS = ("span_loss", "span_cosine", "span_norm_difference")
 class SelfDistillationTrainer(ResumableTrainer):
     """A ``Trainer`` of ``MTLLMForSelfDistillation`` whose batches come packed.
 
-    With ``teacher_cache`` the teacher reads a document once, whatever the number of epochs; for the loss of texts alone.
+    With ``teacher_cache`` the teacher reads a document once, whatever the number of epochs (loss of texts alone).
 
     ``train_dataset`` yields batches as ``DataCollatorForSelfDistillation`` makes them, for this process alone, and has
     ``state_dict`` and ``load_state_dict`` (``StreamingBatches``); ``eval_dataset`` is a list of such batches, the same

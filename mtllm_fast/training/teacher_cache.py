@@ -70,7 +70,7 @@ class TeacherCache:
         return zlib.crc32(record[:-_CHECKSUM]).to_bytes(_CHECKSUM, "little") == record[-_CHECKSUM:]
 
     def pooled(self, input_ids: Tensor, cu_seqlens: Tensor, teacher: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """States ``[B, D]`` of a packed batch on the host; ``teacher(ids, cu_seqlens)`` is asked for the unknown ones."""
+        """States ``[B, D]`` of a packed batch on the host; ``teacher(ids, cu_seqlens)`` says the unknown ones."""
         documents = torch.split(input_ids, cu_seqlens.diff().tolist())
         keys = [hashlib.blake2b(document.numpy().tobytes(), digest_size=_HASH).digest() for document in documents]
         unknown = {key: document for key, document in zip(keys, documents, strict=True) if key not in self._rows}
