@@ -73,6 +73,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     files = _files(arguments)
     examples = [example for language, file in files for example in _read(arguments, task, language, file)]
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)  # of other predictions than those that are written now
     systems: dict[str, Any] = {}
     for name, run in _systems(arguments, folder).items():
         logger.info("%s: %d rows", name, len(examples))

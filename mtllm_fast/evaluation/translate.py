@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSeq2SeqLM
 
-from mtllm_fast.core.errors import UnknownLanguageError
+from mtllm_fast.core.errors import BatchTooLargeError, UnknownLanguageError
 from mtllm_fast.text.languages import resolve_language
 from mtllm_fast.text.tokenization import load_tokenizer, tokenize
 
@@ -66,7 +66,14 @@ class Translator:
         self._known: dict[str, str] = {} if self._cache is None else _read_cache(self._cache)
 
     def __call__(self, texts: Sequence[str], languages: Sequence[str], *, batch_tokens: int = 4096) -> list[str]:
-        """The translations in the order of ``texts``; those in the target's language stay as they are."""
+        """The translations in the order of ``texts``; those in the target's language stay as they are.
+
+        Args:
+            batch_tokens: most tokens of a batch, padding included, times the beams.
+
+        Raises:
+            BatchTooLargeError: it does not fit into memory.
+        """
         keys = [self._key(text, language) for text, language in zip(texts, languages, strict=True)]
         missing = {k: i for i, k in enumerate(keys) if k not in self._known and languages[i] != self.target}
         for batch in tqdm(self._batches(list(missing.values()), texts, languages, batch_tokens), desc="translating"):
@@ -86,7 +93,7 @@ class Translator:
         batches: list[list[int]] = []
         widest = 0
         for length, index in sorted(zip(lengths, indices, strict=True), reverse=True):
-            if not batches or (len(batches[-1]) + 1) * widest > batch_tokens:
+            if not batches or (len(batches[-1]) + 1) * widest * self.num_beams > batch_tokens:
                 batches.append([])
                 widest = length
             batches[-1].append(index)
@@ -99,10 +106,16 @@ class Translator:
         pad = self.model.config.pad_token_id
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(self.model.device)
         mask = (torch.arange(ids.shape[1])[None] < torch.from_numpy(tokens.lengths)[:, None]).to(ids)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, forced_bos_token_id=self._bos, num_beams=self.num_beams,
-            do_sample=False, max_new_tokens=self.max_new_tokens,
-        )  # fmt: skip
+        try:
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, forced_bos_token_id=self._bos, num_beams=self.num_beams,
+                do_sample=False, max_new_tokens=self.max_new_tokens,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise BatchTooLargeError(
+                f"translating {len(texts)} texts of up to {ids.shape[1]} tokens with {self.num_beams} beams does not "
+                f"fit into the memory of {self.model.device}: lower batch_tokens, num_beams or max_new_tokens"
+            ) from error
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
     def _key(self, text: str, language: str) -> str:

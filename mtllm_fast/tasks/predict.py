@@ -76,7 +76,7 @@ def score(predictions: Sequence[Prediction]) -> dict[str, float]:
     try:
         from sklearn.metrics import accuracy_score, f1_score
     except ImportError:
-        raise ValueError("scores need scikit-learn: pip install scikit-learn") from None
+        raise ValueError("scores need scikit-learn: pip install 'mtllm-fast[train]'") from None
     truth, said = flat(predictions)
     return {
         "accuracy": float(accuracy_score(truth, said)),

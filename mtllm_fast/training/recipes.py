@@ -119,6 +119,8 @@ class DistillArguments:
             raise ValueError("a stack brings its encoder's tokenizer alone: give llm_tokenizer")
         if not self.data and not self.is_tiny:
             raise ValueError("data is missing: files, folders, patterns or a datasets name")
+        if self.load_in_4bit and self.merge:
+            raise ValueError("adapters of a 4-bit LLM cannot be merged without loss: load final/adapter onto the LLM")
         if self.documents_per_batch is not None and self.tokens_per_batch is not None:
             raise ValueError("give either documents_per_batch or tokens_per_batch")
         if self.tokens_per_batch is not None and self.tokens_per_batch < self.max_length:

@@ -43,7 +43,7 @@ def _llm_in_4bit(llm: Any) -> nn.Module:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes") from None
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'mtllm-fast[qlora]'") from None
     from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
     config = AutoConfig.from_pretrained(llm)
@@ -121,12 +121,7 @@ def save_merged(model: MTLLM, wrapped: PeftModel, encoder_tokenizer: Any, output
     """``output/merged``: adapters merged, in the published layout, with the encoder's tokenizer. The model is used up.
 
     The sum is made in float32 and rounded once.
-
-    Raises:
-        ValueError: a quantised LLM, whose weights no sum can be written into.
     """
-    if getattr(model.llm2vec, "is_quantized", False):
-        raise ValueError("adapters of a 4-bit LLM cannot be merged without loss: merge them into the LLM in bfloat16")
     dtype = next(model.nllb_encoder.parameters()).dtype
     tower: Any = model.llm2vec
     tower.float()
