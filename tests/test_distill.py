@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,8 +142,6 @@ def test_killed_with_9_and_resumed_is_the_same_bit_for_bit(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(whole, tmp_path, caplog):
-    import shutil
-
     for name in ("checkpoint-2", "checkpoint-4", "run_settings.json"):
         source = whole.output_dir / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -178,6 +177,18 @@ def test_another_run_is_not_overwritten(whole):
     with pytest.raises(FileExistsError, match=r"learning_rate was 0.001, is 0.1"):
         distill(arguments, how(arguments, whole.output_dir, learning_rate=0.1))
     assert newest(whole.output_dir).path.name == "checkpoint-6"
+
+
+def test_a_run_without_a_checkpoint_may_be_changed(tmp_path):
+    """Such as one that ran out of memory in its first step."""
+    arguments = small(documents_per_batch=8)
+    distill(arguments, how(arguments, tmp_path, max_steps=1, save_strategy="no"))
+    for name in ("final", "run_settings.json"):
+        assert (tmp_path / name).exists()
+    with pytest.raises(FileExistsError, match="documents_per_batch was 8, is 4"):
+        distill(small(), how(small(), tmp_path, max_steps=1, save_strategy="no"))
+    shutil.rmtree(tmp_path / "final")
+    assert distill(small(), how(small(), tmp_path, max_steps=1, save_strategy="no")).steps == 1
 
 
 def test_accumulated_batches_are_one(tmp_path):

@@ -107,6 +107,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     model = build_stack(arguments)
     if str(model.dtype) == "torch.bfloat16" and not how.bf16:
         raise ValueError("the frozen weights are bfloat16: set bf16 (autocast), or dtype=float32")
+    if how.device.type == "cuda" and not (how.fsdp or arguments.load_in_4bit):
+        model.to(how.device)  # the Trainer would do it, after least squares
     tokenizers = load_tokenizers(arguments, model)
     if checkpoint is None:
         initialise(arguments, model, _first_documents(arguments), tokenizers)
@@ -130,7 +132,7 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         load_trained(checkpoint, joint)
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     else:
-        if eval_batches and checkpoint is None:
+        if eval_batches and checkpoint is None and not how.fsdp:  # which shards, and takes to the GPU, in train()
             trainer.evaluate()  # the curve begins where least squares ended
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = _last_metrics(trainer) if eval_batches else {}

@@ -53,10 +53,11 @@ class Run:
                 self._discard()
             return None
         file = self.output_dir / SETTINGS
-        if not file.exists():
-            if all_checkpoints(self.output_dir) or any((self.output_dir / name).exists() for name in RESULTS):
-                raise FileExistsError(f"{self.output_dir} holds a result of something else: choose another output_dir")
+        worth = all_checkpoints(self.output_dir) or any((self.output_dir / name).exists() for name in RESULTS)
+        if not worth:  # a run that ended before its first checkpoint may be started anew with other arguments
             return None
+        if not file.exists():
+            raise FileExistsError(f"{self.output_dir} holds a result of something else: choose another output_dir")
         before = json.loads(file.read_text(encoding="utf-8"))
         different = [name for name in {**self.settings, **before} if self.settings.get(name) != before.get(name)]
         if different:
