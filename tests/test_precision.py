@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from mtllm_fast import MTLLM, quantize_rows
-from mtllm_fast.cli import evaluate
+from mtllm_fast.cli import precision_report
 from mtllm_fast.cli.app import main
 from mtllm_fast.core import int8
 from mtllm_fast.models import precision as precision_module
@@ -423,17 +423,17 @@ def test_compiled_once_for_all_batches(kind: type) -> None:
 
 def test_the_report_of_a_model_against_itself_and_of_known_embeddings() -> None:
     plain = torch.eye(4, 8) + 0.1 * torch.arange(4)[:, None]
-    same = evaluate.compare(plain, 3 * plain, list("abcd"))
+    same = precision_report.compare(plain, 3 * plain, list("abcd"))
     assert same["cosine"] == {"min": pytest.approx(1), "mean": pytest.approx(1)}
     assert same["same_nearest_neighbour"] == 1
     turned = plain.clone()
     turned[2] = plain[0] + 0.01
-    found = evaluate.compare(plain, turned, list("abcd"))
+    found = precision_report.compare(plain, turned, list("abcd"))
     cosine = F.cosine_similarity(plain[2], turned[2], dim=0).item()
     assert found["furthest"][0] == {"text": 2, "language": "c", "cosine": pytest.approx(cosine)}
     assert found["cosine"] == {"min": pytest.approx(cosine), "mean": pytest.approx((3 + cosine) / 4)}
     assert found["same_nearest_neighbour"] < 1
-    assert evaluate.compare(plain[:2], plain[:2], list("ab"))["same_nearest_neighbour"] is None
+    assert precision_report.compare(plain[:2], plain[:2], list("ab"))["same_nearest_neighbour"] is None
 
 
 def test_the_report_s_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

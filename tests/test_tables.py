@@ -286,7 +286,7 @@ def test_a_foreign_folder_is_not_touched(out: Path) -> None:
 
 
 def test_outputs_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in .npy or .parquet, got .csv"):
+    with pytest.raises(ValueError, match=r"must end in .npy or .parquet or .safetensors, got .csv"):
         check_output(tmp_path / "out.csv", overwrite=False)
     with pytest.raises(FileNotFoundError, match=r"its folder .* does not exist"):
         check_output(tmp_path / "absent" / "out.npy", overwrite=False)

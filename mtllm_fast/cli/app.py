@@ -44,7 +44,7 @@ def encode(
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="Texts: .txt (one per line), .jsonl, .csv, .tsv, .parquet.")
     ],
-    out: Annotated[Path, typer.Option(help="Embeddings: .npy (rows x width) or .parquet (ids and embeddings).")],
+    out: Annotated[Path, typer.Option(help="Embeddings: .npy or .safetensors (rows x width), .parquet (with ids).")],
     src_lang: Annotated[str | None, typer.Option(help="Language of all texts, such as swh_Latn or sw.")] = None,
     lang_column: Annotated[str | None, typer.Option(help="Column that holds each text's language.")] = None,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub id; tiny is the embedded one.")] = "tiny",
