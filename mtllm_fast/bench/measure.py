@@ -15,6 +15,7 @@ import torch
 from mtllm_fast.bench.peers import Peer
 from mtllm_fast.bench.sizes import Stack
 from mtllm_fast.bench.workloads import IdArray
+from mtllm_fast.core import onednn
 from mtllm_fast.models.flops import forward_flops, step_flops
 
 
@@ -125,9 +126,11 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> 
 
     On a CPU without half-precision instructions a product in float32 is the faster way to one in ``dtype``.
     """
-    if device.type == "cpu" and dtype != torch.float32:
-        native, wide = (_gemm_rate(device, kind, repeats) for kind in (dtype, torch.float32))
-        return max(native, wide)
+    wide = torch.float32
+    if device.type == "cpu" and dtype != wide:
+        # Without the instructions PyTorch multiplies in a loop, and one such product takes a minute.
+        kinds = (dtype, wide) if onednn.product_dtype(dtype) == dtype else (wide,)
+        return max(_gemm_rate(device, kind, repeats) for kind in kinds)
     return _gemm_rate(device, dtype, repeats)
 
 
