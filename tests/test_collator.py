@@ -8,7 +8,6 @@ import threading
 
 import pytest
 import torch
-from llm_tokenizer import llm_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -19,6 +18,7 @@ from mtllm_fast import DataCollatorForSelfDistillation, SpanAlignment, align_spa
 from mtllm_fast.core.errors import UnknownLanguageError
 from mtllm_fast.text.tokenization import load_tokenizer, tokenize
 from mtllm_fast.tiny import article_1, tiny_path
+from mtllm_fast.tiny import tiny_llm_tokenizer as llm_tokenizer
 
 TEXTS = [*article_1().values()][:12]
 KEYS = {

@@ -31,6 +31,7 @@ def parts(tmp_path_factory):
 
 
 def run(parts, output, **options):
+    checkpointing = options.pop("gradient_checkpointing", False)
     given = {"preset": "span", "documents_per_batch": 4, "init_documents": 16, "max_length": 32, "eval_documents": 4}
     arguments = DistillArguments(
         encoder=str(parts / "encoder"), llm=str(parts / "llm"), data=[str(parts / "texts.txt")],
@@ -38,7 +39,15 @@ def run(parts, output, **options):
     )  # fmt: skip
     bf16 = options.get("dtype") == "bfloat16" or options.get("load_in_4bit", False)
     how = training_arguments(
-        arguments, output, max_steps=3, save_steps=3, logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=bf16
+        arguments,
+        output,
+        max_steps=3,
+        save_steps=3,
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=bf16,
+        gradient_checkpointing=checkpointing,
     )
     return distill(arguments, how)
 
@@ -49,7 +58,7 @@ def run(parts, output, **options):
         {"dtype": "float32", "merge": True},
         {"dtype": "bfloat16", "merge": True},
         {"up_proj_init": "random", "up_proj_bias": True, "sequence_weight": 1.0, "span_weight": 0.0},
-        {"tokens_per_batch": 96, "documents_per_batch": None},
+        {"tokens_per_batch": 96, "documents_per_batch": None, "gradient_checkpointing": True},
         pytest.param({"load_in_4bit": True}, marks=needs_bitsandbytes),
     ],
     ids=["float32", "bfloat16", "random", "tokens", "4bit"],

@@ -8,7 +8,6 @@ import random
 
 import pytest
 import torch
-from llm_tokenizer import llm_tokenizer
 from stacks import with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config
@@ -17,6 +16,7 @@ from mtllm_fast import MTLLM, MTLLMForSequenceClassification, align_spans, init_
 from mtllm_fast.testing.tolerance import relative_error
 from mtllm_fast.text.tokenization import load_tokenizer
 from mtllm_fast.tiny import article_1, tiny_path
+from mtllm_fast.tiny import tiny_llm_tokenizer as llm_tokenizer
 
 TEXTS = [*article_1().values()]
 

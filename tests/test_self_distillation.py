@@ -7,7 +7,6 @@ import itertools
 import peft
 import pytest
 import torch
-from llm_tokenizer import llm_tokenizer
 from recorded_stage1 import recorded, recorded_inputs, recorded_name
 from stacks import batch, new_stack, with_lora
 from torch import nn
@@ -22,6 +21,7 @@ from mtllm_fast import (
 )
 from mtllm_fast.testing.tolerance import relative_error
 from mtllm_fast.tiny import article_1, tiny_path
+from mtllm_fast.tiny import tiny_llm_tokenizer as llm_tokenizer
 
 STAGE1 = {"stage1-sequence-step": (1.0, 0.0), "stage1-span-step": (0.333, 0.667)}
 

@@ -40,6 +40,7 @@ from mtllm_fast.tasks.model import TaskModel, load_result, read_facts
 from mtllm_fast.tasks.predict import predict
 from mtllm_fast.tasks.preembed import States
 from mtllm_fast.tasks.presets import Task
+from mtllm_fast.tasks.training import TaskTrainer
 
 SENTIMENT = {"kind": "sequence", "text_columns": ["text"], "labels": ["good", "bad"], "max_length": 32}
 
@@ -219,6 +220,24 @@ def test_evaluation_says_what_the_predictions_do(student, teacher, tmp_path):
     assert (tmp_path / "results" / "accuracy.png").stat().st_size > 1000
     with pytest.raises(FileExistsError):
         evaluate(arguments)
+
+
+def test_a_run_that_ended_is_not_trained_a_step_more(teacher, tmp_path):
+    _, arguments, _, options = teacher
+    short = options | {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    short |= {"load_best_model_at_end": False}
+    first = finetune(arguments, how(arguments, tmp_path, **short))
+    head = (tmp_path / "final" / "head.safetensors").read_bytes()
+    again = finetune(arguments, how(arguments, tmp_path, **short))
+    assert (tmp_path / "final" / "head.safetensors").read_bytes() == head
+    assert again.metrics == first.metrics
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_fsdp_is_refused(teacher, tmp_path):
+    loaded = load_result(teacher[2].output_dir / "final")
+    with pytest.raises(ValueError, match="use DDP"):
+        TaskTrainer(loaded.model, how(teacher[1], tmp_path, fsdp=True, fsdp_config={"version": 2}))
 
 
 def test_the_commands_do_the_same(student, teacher, tmp_path):

@@ -2,8 +2,8 @@
 
 One pass over memory where PyTorch takes two or three. Half precision on a CPU without instructions for it is multiplied
 in float32, weights cast on the way: PyTorch's own loop takes six times as long. In float32 PyTorch multiplies by MKL
-where it has it: of two measurements on the same kind of CPU one had oneDNN ahead and one MKL, by 15 % of the whole
-forward, with the passes that MKL cannot spare.
+where it has it: which of the two is ahead differs from host to host (``benchmarks/results``), and MKL is what the
+modules use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Linears and what follows them, in the fewest passes and launches that the device has.
 
-On a CPU without gradients oneDNN computes a product and what follows in one pass (``core/onednn.py``). Elsewhere
-projections of the same input are one product where their weights lie merged (``merging.py``). Any module that is not a
-plain ``nn.Linear`` (PEFT's, a quantised one, one with hooks) is called and the rest follows. A module with a twin in 8
-bits (``precision.py``) is not called: the twin is.
+On a CPU without gradients oneDNN computes, in half precision, a product and what follows in one pass
+(``core/onednn.py``). Elsewhere projections of the same input are one product where their weights lie merged
+(``merging.py``). Any module that is not a plain ``nn.Linear`` (PEFT's, a quantised one, one with hooks) is called and
+the rest follows. A module with a twin in 8 bits (``precision.py``) is not called: the twin is.
 """
 
 from __future__ import annotations

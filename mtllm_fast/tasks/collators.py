@@ -93,6 +93,8 @@ class TaskCollator:
 
     def kept_units(self, example: Example) -> list[bool]:
         """For each unit whether it is in the batch: a word beyond ``max_length`` is not."""
+        if self.task.kind != "tokens":
+            return [True] * example.units
         return [unit is not None for unit in self._row(example).units]
 
     def _row(self, example: Example) -> _Tokens:

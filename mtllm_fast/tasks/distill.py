@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import set_seed
 
 from mtllm_fast.core.errors import CheckpointError
@@ -20,7 +19,7 @@ from mtllm_fast.models import (
 )
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import read_examples
-from mtllm_fast.tasks.model import TaskModel, add_lora, read_facts, save_result
+from mtllm_fast.tasks.model import TaskModel, read_facts, save_result
 from mtllm_fast.tasks.preembed import States
 from mtllm_fast.tasks.presets import Task
 from mtllm_fast.tasks.training import (
@@ -29,11 +28,11 @@ from mtllm_fast.tasks.training import (
     TaskResult,
     TaskTrainer,
     task_training_arguments,
-    train,
     write_dev,
 )
 from mtllm_fast.training.checkpoints import begin, finish
 from mtllm_fast.training.runs import Run, write_json
+from mtllm_fast.training.stacks import add_lora, merge_lora
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -87,13 +86,13 @@ def distill_task(arguments: DistillTaskArguments, trainer_arguments: TrainingArg
     set_seed(how.seed)
     stack = MTLLM.from_pretrained(arguments.model, dtype=arguments.dtype, llm_embeddings=False)
     model = student(stack, task, teacher)
-    wrapped = add_lora(model, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
+    wrapped = add_lora(model.llm, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
     if arguments.train_up_proj:
         stack.up_proj.float().requires_grad_(True)
     collate = TaskCollator(task, stack.tokenizer, reads_languages=True)
     trainer = TaskTrainer(model, how, data_collator=collate, train_dataset=Rows(examples, states), eval_dataset=dev)
     run.begin()
-    train(trainer, checkpoint)
+    trainer.train_from(checkpoint)
     output, metrics = Path(how.output_dir), {}
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if how.should_save:
@@ -126,10 +125,7 @@ def merge(model: TaskModel, wrapped: Any, folder: Path) -> None:
         CheckpointError: the merged weights are not those of the head.
     """
     stack: Any = model.tower
-    dtype = next(stack.nllb_encoder.parameters()).dtype
-    stack.llm2vec.float()
-    wrapped.merge_and_unload()
-    nn.Module.to(stack, dtype)
+    dtype = merge_lora(stack, wrapped)
     config = type(stack.config).from_dict(stack.config.to_dict())
     config.num_labels = len(model.task.labels)
     config.id2label = dict(enumerate(model.task.labels))

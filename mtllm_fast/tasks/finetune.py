@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.model import TaskModel, add_lora, load_llm, load_llm_tokenizer, save_result
+from mtllm_fast.tasks.model import TaskModel, load_llm, load_llm_tokenizer, save_result
 from mtllm_fast.tasks.training import (
     LoraArguments,
     Rows,
@@ -17,10 +17,10 @@ from mtllm_fast.tasks.training import (
     TaskResult,
     TaskTrainer,
     task_training_arguments,
-    train,
     write_dev,
 )
 from mtllm_fast.training.runs import Run, write_json
+from mtllm_fast.training.stacks import add_lora
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -80,10 +80,11 @@ def finetune(arguments: FinetuneArguments, trainer_arguments: TrainingArguments 
     name = arguments.llm_tokenizer or (None if arguments.llm == "tiny" else arguments.llm)
     collate = TaskCollator(task, load_llm_tokenizer(name), reads_languages=False)
     model = TaskModel(load_llm(arguments.llm, arguments.dtype), task)
-    wrapped = add_lora(model, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
+    model.tower.requires_grad_(False)
+    wrapped = add_lora(model.llm, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
     trainer = TaskTrainer(model, how, data_collator=collate, train_dataset=Rows(examples), eval_dataset=dev)
     run.begin()
-    train(trainer, checkpoint)
+    trainer.train_from(checkpoint)
     facts = {"kind": "llm", "base": arguments.llm, "tokenizer": name}
     output, metrics = Path(how.output_dir), {}
     trained = trainer.accelerator.unwrap_model(trainer.model)

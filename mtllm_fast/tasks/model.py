@@ -23,7 +23,6 @@ from mtllm_fast.models.towers import final_norm, run_llm, run_other_llm
 from mtllm_fast.ops.norm_pool import norm_pool
 from mtllm_fast.tasks.presets import Task
 from mtllm_fast.training.checkpoints import begin, damage, finish
-from mtllm_fast.training.stacks import LORA_TARGETS
 from mtllm_fast.training.trainer import whole_weights
 
 if TYPE_CHECKING:
@@ -153,21 +152,6 @@ def load_llm(path: str, dtype: Any) -> Any:
 def _is_packed(llm: Any) -> bool:
     layers = getattr(llm, "layers", None)
     return isinstance(layers, nn.ModuleList) and to_packed_layers(layers)
-
-
-def add_lora(model: TaskModel, *, r: int, alpha: int, dropout: float) -> Any:
-    """LoRA in all linear layers of the LLM, in place; the rest of the tower is frozen. PEFT's wrapper comes back."""
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("training needs peft: pip install 'mtllm-fast[train]'") from None
-    model.tower.requires_grad_(False)
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS)
-    wrapped = peft.get_peft_model(model.llm, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped
 
 
 def save_result(model: TaskModel, wrapped: Any, facts: dict[str, Any], folder: Path) -> None:

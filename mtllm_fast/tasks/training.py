@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,6 @@ from mtllm_fast.tasks.predict import predict, score, write_predictions
 from mtllm_fast.tasks.presets import TASKS, Task, get_task
 from mtllm_fast.training.runs import write_json
 from mtllm_fast.training.trainer import ResumableTrainer
-
-logger = logging.getLogger("mtllm_fast")
 
 
 @dataclass
@@ -99,6 +96,11 @@ class TaskTrainer(ResumableTrainer):
 
     data_collator: Any
 
+    def __init__(self, model: TaskModel, args: Any, **kwargs: Any) -> None:
+        if args.fsdp:
+            raise ValueError("stage 2 predicts and saves in one process: use DDP (torchrun alone), not FSDP")
+        super().__init__(model, args, **kwargs)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -146,11 +148,6 @@ class TaskResult:
     output_dir: Path
     log: list[dict[str, Any]]
     metrics: dict[str, float]
-
-
-def train(trainer: TaskTrainer, checkpoint: Path | None) -> None:
-    """To the end, from a checkpoint if there is one; a run that was finished is loaded."""
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def write_dev(model: TaskModel, collate: TaskCollator, dev: Sequence[Example], output: Path) -> dict[str, float]:

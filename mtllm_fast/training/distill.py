@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from mtllm_fast.training.batching import StreamingBatches
 from mtllm_fast.training.collator import DataCollatorForSelfDistillation
 from mtllm_fast.training.curve import plot_curve
 from mtllm_fast.training.distillation_trainer import SelfDistillationTrainer
 from mtllm_fast.training.recipes import DistillArguments
-from mtllm_fast.training.runs import Run, step_of, write_json
+from mtllm_fast.training.runs import Run, write_json
 from mtllm_fast.training.self_distillation import MTLLMForSelfDistillation
 from mtllm_fast.training.stacks import (
     add_lora,
@@ -29,7 +27,7 @@ from mtllm_fast.training.stacks import (
 )
 from mtllm_fast.training.streams import DocumentStream, open_documents
 from mtllm_fast.training.teacher_cache import TeacherCache
-from mtllm_fast.training.trainer import load_trained, whole_weights
+from mtllm_fast.training.trainer import whole_weights
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -112,7 +110,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     tokenizers = load_tokenizers(arguments, model)
     if checkpoint is None:
         initialise(arguments, model, _first_documents(arguments), tokenizers)
-    wrapped = add_lora(arguments, model)
+    wrapped = add_lora(model.llm2vec, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
+    model.up_proj.float()
     weights = _loss_weights(arguments)
     joint = MTLLMForSelfDistillation(model, sequence_weight=weights[0], span_weight=weights[1])
     collate = DataCollatorForSelfDistillation(
@@ -128,13 +127,9 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         joint, how, train_dataset=batches, eval_dataset=eval_batches or None, teacher_cache=cache
     )
     run.begin()
-    if checkpoint is not None and step_of(checkpoint) >= how.max_steps:
-        load_trained(checkpoint, joint)
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    else:
-        if eval_batches and checkpoint is None and not how.fsdp:  # which shards, and takes to the GPU, in train()
-            trainer.evaluate()  # the curve begins where least squares ended
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if eval_batches and checkpoint is None and not how.fsdp:  # which shards, and takes to the GPU, in train()
+        trainer.evaluate()  # the curve begins where least squares ended
+    trainer.train_from(checkpoint)
     metrics = _last_metrics(trainer) if eval_batches else {}
     return _finish(arguments, trainer, wrapped, tokenizers[1], metrics)
 

@@ -80,6 +80,8 @@ class Run:
     def _discard(self) -> None:
         for path in (*all_checkpoints(self.output_dir), *(self.output_dir / name for name in RESULTS)):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.output_dir.glob("teacher-*.states"):  # of a teacher that may be another now
+            path.unlink()
         for name in _FILES:
             (self.output_dir / name).unlink(missing_ok=True)
 

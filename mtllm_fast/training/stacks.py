@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mtllm_fast")
 
 # Of the LLM alone; its layers are the ones that have them.
-LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def build_stack(arguments: DistillArguments) -> MTLLM:
@@ -69,32 +69,25 @@ def load_tokenizers(
     return llm, encoder
 
 
-def initialise(
-    arguments: DistillArguments, model: MTLLM, texts: Any, tokenizers: tuple[Any, Any]
-) -> dict[str, float] | None:
-    """``up_proj`` by least squares on the first of ``texts``, where that is asked for; its fvu before and after."""
+def initialise(arguments: DistillArguments, model: MTLLM, texts: Any, tokenizers: tuple[Any, Any]) -> None:
+    """``up_proj`` by least squares on the first of ``texts``, where that is asked for."""
     if arguments.up_proj_init == "random":
-        return None
+        return
     report = init_up_proj_least_squares(
         model, itertools.islice(texts, arguments.init_documents), llm_tokenizer=tokenizers[0],
         encoder_tokenizer=tokenizers[1], src_lang=arguments.src_lang, max_length=arguments.max_length,
     )  # fmt: skip
     logger.info("%s", report)
-    return {"fvu_before": report.fvu_before, "fvu_after": report.fvu_after}
 
 
-def add_lora(arguments: DistillArguments, model: MTLLM) -> PeftModel:
-    """LoRA in all linear layers of the LLM, and everything that is trained in float32. The LLM is changed in place."""
+def add_lora(llm: Any, *, r: int, alpha: int, dropout: float) -> PeftModel:
+    """LoRA in float32 in all linear layers of an LLM, which is changed in place; PEFT's wrapper comes back."""
     try:
         import peft
     except ImportError:
         raise ValueError("training needs peft: pip install 'mtllm-fast[train]'") from None
-    config = peft.LoraConfig(
-        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, lora_dropout=arguments.lora_dropout,
-        target_modules=LORA_TARGETS,
-    )  # fmt: skip
-    wrapped = peft.get_peft_model(model.llm2vec, config)
-    model.up_proj.float()
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_LORA_TARGETS)
+    wrapped = peft.get_peft_model(llm, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -117,20 +110,19 @@ def save_result(arguments: DistillArguments, wrapped: PeftModel, weights: dict[s
     finish(output / "final")
 
 
-def save_merged(model: MTLLM, wrapped: PeftModel, encoder_tokenizer: Any, output: Path) -> Path:
-    """``output/merged``: adapters merged, in the published layout, with the encoder's tokenizer. The model is used up.
-
-    The sum is made in float32 and rounded once.
-    """
-    dtype = next(model.nllb_encoder.parameters()).dtype
-    tower: Any = model.llm2vec
-    tower.float()
+def merge_lora(stack: Any, wrapped: PeftModel) -> torch.dtype:
+    """Add the adapters of a stack's LLM to its weights, in float32, and round once, to the dtype of the encoder."""
+    dtype = next(stack.nllb_encoder.parameters()).dtype
+    stack.llm2vec.float()
     wrapped.merge_and_unload()
-    nn.Module.to(model, dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    stack.to(dtype)
+    return dtype
+
+
+def save_merged(model: MTLLM, wrapped: PeftModel, encoder_tokenizer: Any, output: Path) -> None:
+    """``output/merged``: adapters merged, the published layout, with the encoder's tokenizer. The model is used up."""
+    merge_lora(model, wrapped)
     folder = begin(output / "merged")
     model.save_pretrained(folder)
     encoder_tokenizer.save_pretrained(folder)
     finish(output / "merged")
-    return output / "merged"

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ class TeacherCache:
             lengths = torch.tensor([0, *(len(document) for document in unknown.values())])
             states = teacher(torch.cat(list(unknown.values())), lengths.cumsum(0).int())
             self._append(list(unknown), states.float().cpu().numpy())
-        return torch.from_numpy(np.stack([self._row(key) for key in keys]))
+        with self._path.open("rb") as file:
+            return torch.from_numpy(np.stack([self._row(file, key) for key in keys]))
 
     def _append(self, keys: Sequence[bytes], states: np.ndarray) -> None:
         with self._path.open("ab") as file:
@@ -89,7 +91,6 @@ class TeacherCache:
             file.flush()
             os.fsync(file.fileno())
 
-    def _row(self, key: bytes) -> np.ndarray:
-        with self._path.open("rb") as file:
-            file.seek(self._start + self._rows[key] * self._size + _HASH)
-            return np.frombuffer(file.read(4 * self._width), dtype="<f4").astype(np.float32)
+    def _row(self, file: IO[bytes], key: bytes) -> np.ndarray:
+        file.seek(self._start + self._rows[key] * self._size + _HASH)
+        return np.frombuffer(file.read(4 * self._width), dtype="<f4").astype(np.float32)

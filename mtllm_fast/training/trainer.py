@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.training.checkpoints import begin, finish, prune, unfinished
@@ -79,10 +79,8 @@ class ResumableTrainer(Trainer):
         if self.args.fsdp and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             # Accelerate forgets about FSDP where there is no GPU, and would run DDP in its place without a word.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            for state in (
-                self.accelerator.state,
-                PartialState(),
-            ):  # the former takes the latter's values again and again
+            # The first takes the second's values again and again.
+            for state in (self.accelerator.state, PartialState()):
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
@@ -232,6 +230,20 @@ class ResumableTrainer(Trainer):
             return
         tree, tensors = _read(Path(checkpoint), f"process-{self._part(self.args.process_index)}")
         _restore_random(unpack(tree, tensors)["random"])
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one. A run that had ended is loaded, not trained a step more,
+        as ``train`` would."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        load_trained(best or checkpoint, self.model)
 
     def restore_data(self, checkpoint: str) -> None:
         """Put streamed data where they were at a checkpoint; call it before ``train(resume_from_checkpoint=…)``."""
