@@ -73,16 +73,21 @@ def throughput(out: Path, stage: str, size: str, *options: str) -> tuple[str, ..
     )  # fmt: skip
 
 
-def pytest_command(*arguments: str) -> tuple[str, ...]:
-    """pytest, in parallel where xdist is installed: most of a test's time goes into compiling its kernel."""
-    parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    return (sys.executable, "-m", "pytest", "-q", *parallel, *arguments)
+def pytest_command(*names: str) -> tuple[str, ...]:
+    """pytest, in parallel where xdist is installed: most of a test's time goes into compiling its kernel.
+
+    Verbose, so that the log of a stage that ran out of time names what had failed.
+    """
+    workers = str(min(14, os.cpu_count() or 1))
+    parallel = ("-n", workers, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    files = [f"tests/test_{name}.py" for name in names]
+    return (sys.executable, "-m", "pytest", "-v", "--tb=short", "--durations=20", *parallel, *files)
 
 
 def all_stages(out: Path, size: str) -> list[Stage]:
     """The suite, cheap and indispensable stages first: what the total budget cuts off is at the end."""
     python = sys.executable
-    peers = "reference,reference-sorted,ours"
+    peers = "reference,reference-sorted,ours,ours-fp8"
     layers = ("rms_norm", "rope", "swiglu", "layer_norm", "bias_relu", "embed_tokens", "lora_linear", "quantize_rows")
 
     def mode(name: str, budget_seconds: float, *options: str) -> Stage:
@@ -106,17 +111,45 @@ def all_stages(out: Path, size: str) -> list[Stage]:
             needs_gpu=False,
             environment=(("MTLLM_FAST_CUDA", "1"),),
         ),
-        Stage("tests-model", 60, (pytest_command("tests/test_gpu.py"),)),
-        Stage("tests-ops", 90, (pytest_command("tests/test_norm_pool.py", "tests/test_varlen_attention.py"),)),
-        Stage("tests-loss", 150, (pytest_command("tests/test_distillation_loss.py", "tests/test_token_kl_loss.py"),)),
-        Stage("tests-stack", 120, (pytest_command("tests/test_stack_projection.py"),)),
-        Stage("tests-layers", 120, (pytest_command(*(f"tests/test_{name}.py" for name in layers)),)),
-        Stage("tests-modes", 90, (pytest_command("tests/test_graphs.py", "tests/test_precision.py"),)),
-        encode("sentences", 90, "sentences", peers, texts=1024, rounds=5),
-        mode("latency", 60, "--mode", "latency", "--peers", "reference,ours"),
+        # The ops and the model together: every worker imports everything once. What was never cheap comes last.
+        Stage(
+            "tests",
+            270,
+            (
+                pytest_command(
+                    "gpu",
+                    "graphs",
+                    "norm_pool",
+                    "varlen_attention",
+                    *layers,
+                    "precision",
+                    "distillation_loss",
+                    "token_kl_loss",
+                    "stack_projection",
+                ),
+            ),
+        ),
+        encode("full", 90, "full", peers, texts=128, rounds=3),
+        encode("sentences", 90, "sentences", peers, texts=1024, rounds=3),
+        mode("latency", 60, "--mode", "latency", "--peers", "reference,ours,ours-fp8"),
+        Stage(
+            "profile",
+            90,
+            ((python, "benchmarks/profile_model.py", "--size", size, "--out", str(out / "profile.json")),),
+            result=True,
+        ),
         mode("train", 90, "--mode", "train", "--peers", "reference,ours"),
         mode(
-            "sweep", 60, "--sweep", "1,8,64", "--peers", "reference-sorted,ours", "--sentences", "256", "--rounds", "3"
+            "sweep",
+            60,
+            "--sweep",
+            "1,8,64",
+            "--peers",
+            "reference-sorted,ours,ours-fp8",
+            "--sentences",
+            "256",
+            "--rounds",
+            "3",
         ),
         ops("ops-layers", 90, *layers),
         ops("ops-stack", 100, "stack_projection"),

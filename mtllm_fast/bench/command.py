@@ -22,7 +22,7 @@ def bench(
         str | None, typer.Option(help="Comma-separated batch sizes: encode with each, e.g. 1,4,16,64.")
     ] = None,
     size: Annotated[str, typer.Option(help="tiny (the embedded stack), small, 1b or 8b (random weights).")] = "tiny",
-    workload: Annotated[str, typer.Option(help="Length law: sentences, documents or mixed.")] = "sentences",
+    workload: Annotated[str, typer.Option(help="Length law: sentences, documents, mixed or full.")] = "sentences",
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: fp32 on CPU, bf16 on GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
     rounds: Annotated[

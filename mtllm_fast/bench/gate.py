@@ -86,6 +86,20 @@ class Gate:
             )
         return error
 
+    def check_cosine(self, name: str, sample: Tensor, everything: Tensor, least: float) -> tuple[float, float]:
+        """The peer's error against the truth, and its smallest cosine to the truth and to the reference.
+
+        Raises:
+            WrongResultError: an embedding points elsewhere; the message has both cosines.
+        """
+        pairs = ((sample, self.truth), (everything, self.reference_all))
+        cosine = min(float(torch.cosine_similarity(a.double(), b.double()).min()) for a, b in pairs)
+        if not cosine >= least:
+            raise WrongResultError(
+                f"{name}: cosine {cosine:.5f}, at least {least} wanted; no speed is reported for a wrong result"
+            )
+        return relative_error(sample, self.truth), cosine
+
 
 @dataclass(frozen=True)
 class StepGate:

@@ -12,7 +12,7 @@ from mtllm_fast.bench.sizes import SIZES
 from mtllm_fast.bench.workloads import WORKLOADS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MEAN_LENGTH = {"sentences": 40, "documents": 358, "mixed": 200}
+MEAN_LENGTH = {"sentences": 40, "documents": 358, "mixed": 200, "full": 512}
 # Enough tokens for a round to last seconds: long against a clock tick, short enough for many rounds. "small" reads as
 # many sentences as FLORES-200's devtest has (1012): with 256 the padding of the unsorted reference, and with it the
 # ratio to it, moves by 18 % with the texts that were drawn (1.77 to 2.13 times the real tokens over 12 seeds).

@@ -113,7 +113,7 @@ def _sweep_table(record: dict[str, Any]) -> Table:
     for number, row in enumerate(record["peers"]):
         here = [point["peers"][number] for point in points]
         rates = ["-" if r["status"] != "ok" else _number(r["sentences_per_s"]["median"]) for r in here]
-        grid.add_row(row["name"], *rates, style="bold" if row["name"] == "ours" else "")
+        grid.add_row(row["name"], *rates, style="bold" if row["name"].startswith("ours") else "")
     return grid
 
 
@@ -146,6 +146,11 @@ def caption(record: dict[str, Any]) -> str:
         lines.append(f"GiB: {memory}")
     if "bare_gemms" in record:
         lines.append("/GEMMs: time over that of the model's bare matrix products of the same tokens, packed")
+    lines += [
+        f"{row['name']}: cosine to the reference and to float64 at least {row['cosine']:.5f}"
+        for row in rows.values()
+        if "cosine" in row
+    ]
     lines += [f"{row['name']}: {row['reason']}" for row in rows.values() if row["status"] != "ok"]
     compiled = rows.get("compiled", {})
     if compiled.get("status") == "ok":

@@ -20,10 +20,13 @@ from mtllm_fast.bench.peers import (
     TRANSLATE_TEST,
     Encode,
     Peer,
+    fp8_model,
+    inference_model,
     packed_encode,
     padded_encode,
     reference_forward,
     translate_encode,
+    why_no_fp8,
 )
 from mtllm_fast.bench.sizes import Stack, make_stack, make_translator
 from mtllm_fast.bench.truth import true_embeddings
@@ -31,6 +34,8 @@ from mtllm_fast.bench.workloads import MEAN_SENTENCE, Workload, make_workload, o
 from mtllm_fast.core.errors import WrongResultError
 
 GATE_TEXTS = 16
+# Random weights average rounding errors less than trained ones do; below this the scales, not the rounding, are wrong.
+FP8_COSINE = 0.99
 SCHEMA = 1
 
 Say = Callable[[str], None]
@@ -40,15 +45,21 @@ Rows = dict[str, dict[str, Any]]
 def make_peers(options: BenchOptions, stack: Stack, workload: Workload) -> list[Peer]:
     """The chosen peers over one stack that can run here, in the order of ``PEERS``."""
     forward, size, device = reference_forward(stack), options.batch_size, stack.device
-    names = [name for name in options.peers or PEERS if why_not(name, device) is None]
+    names = [name for name in options.peers or PEERS if why_not(name, device, stack.dtype) is None]
     encoders: dict[str, Callable[[], Encode]] = {
         "reference": lambda: padded_encode(forward, device, size, sort=False),
         "reference-sorted": lambda: padded_encode(forward, device, size, sort=True),
         "liger": lambda: _liger_encode(stack, size),
         "compiled": lambda: padded_encode(torch.compile(forward, dynamic=True), device, size, sort=True),
-        "ours": lambda: packed_encode(stack, options.batch_tokens or 1),
+        "ours": lambda: packed_encode(inference_model(stack), options.batch_tokens or 1),
+        "ours-fp8": lambda: packed_encode(fp8_model(stack), options.batch_tokens or 1),
     }
-    peers = [Peer(name, encoders[name](), workload) for name in names if name not in TRANSLATE_TEST]
+    cosines = {"ours-fp8": FP8_COSINE}
+    peers = [
+        Peer(name, encoders[name](), workload, min_cosine=cosines.get(name))
+        for name in names
+        if name not in TRANSLATE_TEST
+    ]
     translations = [name for name in names if name in TRANSLATE_TEST]
     if translations:
         translator = make_translator(stack, options.seed)
@@ -60,8 +71,10 @@ def make_peers(options: BenchOptions, stack: Stack, workload: Workload) -> list[
     return sorted(peers, key=lambda peer: PEERS.index(peer.name))
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a peer cannot run on this machine, or None if nothing is known against it."""
+    if name == "ours-fp8":
+        return why_no_fp8(device, dtype)
     if name != "liger":
         return None
     from mtllm_fast.bench.liger import why_no_liger
@@ -77,7 +90,7 @@ def _liger_encode(stack: Stack, batch_size: int) -> Encode:
 
 def skipped(options: BenchOptions) -> Rows:
     """The rows of the chosen peers that cannot run here, with the reason."""
-    reasons = {name: why_not(name, options.torch_device) for name in options.peers or ()}
+    reasons = {name: why_not(name, options.torch_device, options.torch_dtype) for name in options.peers or ()}
     return {
         name: {"name": name, "status": "skipped", "reason": reason}
         for name, reason in reasons.items()
@@ -107,7 +120,9 @@ def warm_up(peer: Peer, sample: Workload, gate: Gate, device: torch.device) -> d
             raise
         return {"status": "skipped", "reason": f"torch.compile fails here: {str(error).strip().splitlines()[0]}"}
     row: dict[str, Any] = {"status": "ok"}
-    if peer.same_semantics:
+    if peer.min_cosine is not None:
+        row["error"], row["cosine"] = gate.check_cosine(peer.name, peer.encode(sample.ids), everything, peer.min_cosine)
+    elif peer.same_semantics:
         row["error"] = gate.check(peer.name, peer.encode(sample.ids), everything)
     elif not bool(torch.isfinite(everything).all()):
         raise WrongResultError(f"{peer.name}: an embedding is not finite; no speed is reported for a wrong result")

@@ -82,10 +82,16 @@ def fineweb_lengths(rng: np.random.Generator, count: int) -> NDArray[np.float64]
     return rng.lognormal(math.log(median), math.sqrt(2 * math.log(mean / median)), size=count)
 
 
+def full_lengths(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """Texts that are all cut at ``MAX_LENGTH``."""
+    return np.full(count, float(MAX_LENGTH))
+
+
 CORPORA = {
     "sentences": (flores_lengths,),
     "documents": (fineweb_lengths,),
     "mixed": (flores_lengths, belebele_lengths, fineweb_lengths),
+    "full": (full_lengths,),
 }
 WORKLOADS = tuple(CORPORA)
 
