@@ -114,7 +114,7 @@ def all_stages(out: Path, size: str) -> list[Stage]:
         # The ops and the model together: every worker imports everything once. What was never cheap comes last.
         Stage(
             "tests",
-            270,
+            180,
             (
                 pytest_command(
                     "gpu",
