@@ -129,7 +129,7 @@ def all_stages(out: Path, size: str) -> list[Stage]:
                 ),
             ),
         ),
-        encode("full", 90, "full", peers, texts=128, rounds=3),
+        encode("full", 90, "full", peers, texts=64, rounds=3),
         encode("sentences", 90, "sentences", peers, texts=1024, rounds=3),
         mode("latency", 60, "--mode", "latency", "--peers", "reference,ours,ours-fp8"),
         Stage(

@@ -361,6 +361,7 @@ def random_weights_meta() -> StackWeights:
     return StackWeights(**{name: torch.empty(size) for name, size in sizes.items()}, head_dim=128, eps=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels that a GPU has change what pays")
 def test_auto_absorbs_where_it_pays():
     call = inputs(40, random_weights(24, 48, 2, 1, 16), torch.float32, torch.device("cpu"))
     assert break_even_tokens(24, 48) == 48

@@ -188,7 +188,7 @@ def _sources(model: MTLLM, thorough: bool = True) -> tuple[_Source, ...]:
         identity = (modules, id(t), t.data_ptr(), version, t.dtype, t.device, tuple(t.shape))
         on_host = t.device.type == "cpu"
         whole = on_cpu or (thorough and not on_host)
-        found.append(_Source(identity, checksum(t, 4096) if on_host else None, checksum(t) if whole else None))
+        found.append(_Source(identity, checksum(t, 64) if on_host else None, checksum(t) if whole else None))
     return tuple(found)
 
 

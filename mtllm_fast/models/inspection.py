@@ -36,7 +36,7 @@ class Inspection:
 
     reason: str | None
     device: torch.device
-    composite: Any
+    derived: tuple[Any, Any]  # what fuse() made: a composite, weights in 8 bits
     roots: list[nn.Module] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     types: list[type] = field(default_factory=list)
@@ -47,9 +47,13 @@ class Inspection:
     tensors: list[Tensor | None] = field(default_factory=list)
     addresses: list[Any] = field(default_factory=list)
 
+    def reads_alike(self, model: MTLLM) -> bool:
+        """Whether the same tensors lie where they lay: a replay reads live memory. ``holds`` asks for the rest too."""
+        return _same(_derived(model), self.derived) and _pointers(self.tensors) == self.addresses[0]
+
     def holds(self, model: MTLLM) -> bool:
         """Whether everything is as it was. The device is that of a parameter, and needs no look of its own."""
-        if _composite(model) is not self.composite or not _same(_roots(model), self.roots):
+        if not _same(_derived(model), self.derived) or not _same(_roots(model), self.roots):
             return False
         if list(map(type, self.modules)) != self.types or any(map(_hooks_of, self.states)):
             return False
@@ -61,7 +65,7 @@ class Inspection:
 
     def is_same(self, other: Inspection) -> bool:
         """Whether a capture under the other one is as good under this."""
-        same = self.device == other.device and self.composite is other.composite
+        same = self.device == other.device and _same(self.derived, other.derived)
         return (
             same
             and _same(self.modules, other.modules)
@@ -72,10 +76,12 @@ class Inspection:
 
 def inspect(model: MTLLM) -> Inspection:
     """Look at everything that a capture would depend on."""
-    composite = _composite(model)
-    seen = Inspection(None, model.device, composite)
-    # fuse() puts the projections that a composite replaces on the host, and nothing reads them.
+    composite, quantised = _derived(model)
+    seen = Inspection(None, model.device, (composite, quantised))
+    # fuse() puts the projections that it replaces on the host, and nothing reads them. A twin never changes.
     unread = set() if composite is None else {id(module) for module in fusing.projections(model)}
+    if quantised is not None:
+        unread |= {id(origin.module) for origin in quantised.origins.values()}
     seen.roots = _roots(model)
     waiting = list(seen.roots)
     while waiting:
@@ -113,8 +119,8 @@ def _hooks_of(state: dict[str, Any]) -> bool:
     return bool(before or after or backward_before or backward)
 
 
-def _composite(model: MTLLM) -> Any:
-    return None if model._fused is None else model._fused.composite
+def _derived(model: MTLLM) -> tuple[Any, Any]:
+    return (None, None) if model._fused is None else (model._fused.composite, model._fused.quantised)
 
 
 def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
@@ -123,11 +129,15 @@ def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
     return len(found) == len(before) and all(map(is_, found, before))
 
 
+def _pointers(tensors: list[Tensor | None]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
 def _addresses(tensors: list[Tensor | None]) -> list[Any]:
     """Where each lies and how: address, strides, shape, dtype."""
     present = [tensor for tensor in tensors if tensor is not None]
-    columns = (Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype"))
-    return [list(map(column, present)) for column in columns]
+    columns = (Tensor.stride, attrgetter("shape"), attrgetter("dtype"))
+    return [_pointers(tensors), *(list(map(column, present)) for column in columns)]
 
 
 def _why_not_plain(module: nn.Module) -> str | None:

@@ -9,6 +9,8 @@ the rest follows. A module with a twin in 8 bits (``precision.py``) is not calle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +74,13 @@ def linear(
 def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Tensor | None:
     """``module(x)`` of all side by side, ``[T, Σ N_i]``, where one product computes them; else None.
 
-    One product: of weights that lie merged, or of a LoRA group. A consumer that takes it whole gives it a gradient in
+    One product: of weights that lie merged, of their twins that do, or of a LoRA group. A consumer that takes it whole gives it a gradient in
     one piece.
     """
     modules = [idle_base(module) for module in modules]
+    twin = _joint_twin(modules)
+    if twin is not None and not needs_grad(x, *(module.weight for module in modules)):
+        return twin(x)
     adapted = any(map(is_lora, modules))
     whole = merged([base_linear(module) for module in modules] if adapted else modules)
     if adapted:
@@ -85,6 +90,13 @@ def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | N
         return None
     product = onednn.linear if onednn_serves(modules[0], x) else F.linear
     return product(x, whole.weight, whole.bias)
+
+
+def _joint_twin(modules: Sequence[nn.Module]) -> Any:
+    """The twin in 8 bits of all modules together, or None."""
+    twins = tuple(module.__dict__.get(TWIN) for module in modules)
+    joint = getattr(twins[0], "joint", None)
+    return joint[0] if joint is not None and all(map(is_, joint[1], twins)) and len(joint[1]) == len(twins) else None
 
 
 def project(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mtllm_fast.core import int8
 from mtllm_fast.core.checks import check_choice
 from mtllm_fast.core.devices import compute_capability
-from mtllm_fast.models.freshness import checksum
+from mtllm_fast.models.freshness import Sample
 from mtllm_fast.models.plain import TWIN, is_hooked
 from mtllm_fast.ops.quantize_rows import quantize_rows
 
@@ -31,7 +31,7 @@ _Place = tuple[str, str, str]
 _FIRST_STAGE = tuple(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj"))
 _OTHER_PLACES = (("self_attn", "o_proj"), *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")))
 _PLACES = _FIRST_STAGE + _OTHER_PLACES
-_SAMPLE = 512  # words of each weight that are compared with what they were
+_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
 
 class _Derived:
@@ -56,11 +56,28 @@ class Fp8Twin(_Derived):
     the operands, and without it the tensor cores wait for the additions. (Not yet measured on a GPU.)
     """
 
+    joint: tuple[Fp8Twin, tuple[Fp8Twin, ...]] | None = None
+
     def __init__(self, module: nn.Linear) -> None:
         self.weight, scale = quantize_rows(module.weight.detach())
         self.scale = scale.t()
         self.bias = None if module.bias is None else module.bias.detach().clone()
         self.nbytes = self.weight.nbytes + self.scale.nbytes
+
+    @classmethod
+    def lay_side_by_side(cls, twins: list[Any]) -> None:
+        """Make the twins of modules with the same input parts of one, which ``joint_twin`` finds."""
+        biases = [twin.bias for twin in twins]
+        if len({type(twin) for twin in twins}) > 1 or len({bias is None for bias in biases}) > 1:
+            return
+        whole = object.__new__(type(twins[0]))
+        whole.weight = torch.cat([twin.weight for twin in twins])
+        whole.scale = torch.cat([twin.scale for twin in twins], 1)
+        whole.bias = None if biases[0] is None else torch.cat(biases)
+        whole.nbytes = sum(twin.nbytes for twin in twins)
+        sizes = [twin.weight.shape[0] for twin in twins]
+        for twin, weight, scale in zip(twins, whole.weight.split(sizes), whole.scale.split(sizes, 1), strict=True):
+            twin.weight, twin.scale, twin.joint = weight, scale, (whole, tuple(twins))
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # torch refuses the scales of no rows
@@ -107,19 +124,13 @@ class _Known(NamedTuple):
     tensor: Tensor | None
     pointer: int
     version: int | None
-    sample: int | None
-    """Checksum of some of its memory, where that is on the host."""
 
     @classmethod
     def of(cls, name: str, tensor: Tensor | None) -> _Known:
         if tensor is None:
-            return cls(name, None, 0, None, None)
+            return cls(name, None, 0, None)
         version = None if tensor.is_inference() else tensor._version
-        return cls(name, tensor, tensor.data_ptr(), version, _sample(tensor))
-
-
-def _sample(tensor: Tensor) -> int | None:
-    return checksum(tensor, _SAMPLE) if tensor.device.type == "cpu" else None
+        return cls(name, tensor, tensor.data_ptr(), version)
 
 
 class _Origin(NamedTuple):
@@ -132,24 +143,22 @@ class _Origin(NamedTuple):
     def of(cls, module: nn.Module) -> _Origin:
         return cls(module, tuple(_Known.of(*item) for item in module._parameters.items()))
 
-    def is_same(self, module: nn.Module, sample: bool) -> bool:
-        """Identities, storage, versions; and ``sample``, because edits through ``.data`` leave no other trace."""
+    def is_same(self, module: nn.Module) -> bool:
+        """Identities, storage, versions."""
         if module is not self.module or is_hooked(module):
             return False
         found = module._parameters
-        for name, tensor, pointer, version, before in self.tensors:
+        for name, tensor, pointer, version in self.tensors:
             if found.get(name) is not tensor:
                 return False
             if tensor is None:
                 continue
             if tensor.data_ptr() != pointer or (version is not None and tensor._version != version):
                 return False
-            if sample and _sample(tensor) != before:
-                return False
         return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quantised:
     """The twins of a model: in which precision, what of, and which layers have none and why."""
 
@@ -158,6 +167,8 @@ class Quantised:
     kept: dict[str, str]
     released: torch.device | None
     """Where the replaced weights were, if they were moved to the host."""
+    sample: Sample | None = None
+    """Of the weights on the host: edits through ``.data`` leave no other trace."""
 
     @property
     def nbytes(self) -> int:
@@ -227,6 +238,9 @@ def quantise(model: MTLLM, precision: str) -> Quantised:
                     quantised.kept["llm2vec.layers." + ".".join(place)] = reason
                 else:
                     _give_twin(quantised, place, module)
+            _lay_side_by_side(model)
+            tensors = (known.tensor for origin in quantised.origins.values() for known in origin.tensors)
+            quantised.sample = Sample(tensor for tensor in tensors if tensor is not None)
     except BaseException:  # out of memory, interrupted: no model is left half in one precision
         restore(model, quantised)
         raise
@@ -239,6 +253,15 @@ def _give_twin(quantised: Quantised, place: _Place, module: nn.Module) -> None:
         module.to("cpu")
     module.__dict__[TWIN] = twin  # nn.Module keeps what is set here out of parameters, buffers and state dicts
     quantised.origins[place] = _Origin.of(module)
+
+
+def _lay_side_by_side(model: MTLLM) -> None:
+    """Let one product compute q, k and v, and one gate and up. At most one group is in memory twice."""
+    for layer in model.llm2vec.layers:
+        for block, names in _GROUPS:
+            twins = [getattr(getattr(layer, block), name).__dict__.get(TWIN) for name in names]
+            if all(isinstance(twin, Fp8Twin) for twin in twins):
+                Fp8Twin.lay_side_by_side(twins)
 
 
 def restore(model: MTLLM, quantised: Quantised) -> None:
@@ -272,9 +295,9 @@ def is_fresh(model: MTLLM, quantised: Quantised, thorough: bool) -> bool:
     origins = quantised.origins
     for place, module in _linears(model):
         origin = origins.get(place)
-        if origin is not None and not origin.is_same(module, sample):
+        if origin is not None and not origin.is_same(module):
             return False
-    return True
+    return not sample or quantised.sample is None or quantised.sample.unchanged()
 
 
 def _linears(model: MTLLM) -> Iterator[tuple[_Place, nn.Module]]:

@@ -27,10 +27,15 @@ def _why_not_flash_kernels(q: Tensor) -> str | None:
     return None
 
 
+# torch.compile of PyTorch 2.11 sees no mark on what functools.cache returns, so it is on a function around that.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    return _is_installed("flash_attn")
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def why_not_flash_attn(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
@@ -48,10 +53,14 @@ def flash_attn(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _torch_varlen_parameters() -> frozenset[str]:
     """Argument names of ``varlen_attn``; empty where this PyTorch has none. They grew from 2.10 on."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    return _read_varlen_parameters()
+
+
+@functools.cache
+def _read_varlen_parameters() -> frozenset[str]:
+    if not _is_installed("torch.nn.attention.varlen"):
         return frozenset()
     from torch.nn.attention.varlen import varlen_attn
 
@@ -82,10 +91,8 @@ def torch_varlen(
         options["scale"] = scale
     if "num_splits" in parameters:
         options["num_splits"] = 1  # a sentence's bits then do not depend on its neighbours
-    if "enable_gqa" in parameters:
+    if "enable_gqa" in parameters:  # where it has no such switch, its kernels share heads unasked
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        k, v = _expand_heads(q, k, v)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # type: ignore[return-value]  # a tuple only on request
 
 
