@@ -74,8 +74,8 @@ def linear(
 def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Tensor | None:
     """``module(x)`` of all side by side, ``[T, Σ N_i]``, where one product computes them; else None.
 
-    One product: of weights that lie merged, of their twins that do, or of a LoRA group. A consumer that takes it whole gives it a gradient in
-    one piece.
+    One product: of weights that lie merged, of their twins that do, or of a LoRA group. A consumer that takes it whole
+    gives it a gradient in one piece.
     """
     modules = [idle_base(module) for module in modules]
     twin = _joint_twin(modules)
