@@ -52,7 +52,7 @@ def load(file: Path) -> dict[str, Any]:
 def machine(record: dict[str, Any], file: Path) -> str:
     """The GPU, or the CPU with its cores and instructions."""
     if field(record, "execution.device", file) != "cpu":
-        return field(record, "environment.hardware.gpu", file)
+        return field(record, "execution.gpu", file)
     cpu = field(record, "environment.hardware.cpu", file)
     return f"{cpu}, {field(record, 'execution.cpu_capability', file)}"
 
@@ -87,12 +87,17 @@ def rates(record: dict[str, Any], file: Path, names: dict[str, str]) -> list[str
     return cells
 
 
-ENCODE = {"reference": "ratio_to_reference", "reference-sorted": "ratio_to_reference_sorted", "ours": ""}
+ENCODE = {
+    "reference": "ratio_to_reference",
+    "reference-sorted": "ratio_to_reference_sorted",
+    "ours": "",
+    "ours-fp8": "",
+}
 TRAIN = {"reference": "ratio_to_reference", "ours": ""}
 
 
 def throughput_tables(records: dict[Path, dict[str, Any]]) -> list[str]:
-    encode = ["reference", "sorted", "ours", "of reference", "of sorted"]
+    encode = ["reference", "sorted", "ours", "ours in fp8", "of reference", "of sorted"]
     titles = {
         "throughput": ("Encoding, real tokens per second", ENCODE, encode),
         "latency": ("One sentence, real tokens per second", ENCODE, encode),

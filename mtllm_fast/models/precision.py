@@ -53,7 +53,7 @@ class Fp8Twin(_Derived):
 
     With fast accumulation: Hopper's tensor cores then keep the sum over K in their own accumulators, of fewer bits than
     float32, instead of adding to float32 every 128 products. Its error is small beside that of 3 bits of mantissa in
-    the operands, and without it the tensor cores wait for the additions. (Not yet measured on a GPU.)
+    the operands, and without it the tensor cores wait for the additions (not measured; with it, docs/h200.md).
     """
 
     joint: tuple[Fp8Twin, tuple[Fp8Twin, ...]] | None = None

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels of ``norm_pool`` (csrc/norm_pool.cu). The partition is explained in ``chunks.py``.
 
-Same floors as the Triton kernels (see there); not yet measured.
+Same floors as the Triton kernels (see there). On an H200 the forward of 32 sentences of 512 tokens takes 58 + 16 µs,
+with its second launch half the bandwidth; the backward is not yet measured.
 """
 
 from __future__ import annotations

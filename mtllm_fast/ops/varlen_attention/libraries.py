@@ -53,18 +53,18 @@ def flash_attn(
 
 
 @torch.compiler.assume_constant_result
-def _torch_varlen_parameters() -> frozenset[str]:
+def _torch_varlen_parameters() -> tuple[str, ...]:
     """Argument names of ``varlen_attn``; empty where this PyTorch has none. They grew from 2.10 on."""
     return _read_varlen_parameters()
 
 
 @functools.cache
-def _read_varlen_parameters() -> frozenset[str]:
+def _read_varlen_parameters() -> tuple[str, ...]:
     if not _is_installed("torch.nn.attention.varlen"):
-        return frozenset()
+        return ()
     from torch.nn.attention.varlen import varlen_attn
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
+    return tuple(inspect.signature(varlen_attn).parameters)
 
 
 def why_not_torch_varlen(q: Tensor, k: Tensor, scale: float, dropout_p: float) -> str | None:
