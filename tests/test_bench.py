@@ -299,6 +299,21 @@ def test_script_prints_the_table_and_writes_the_files(tmp_path: Path) -> None:
     assert out.with_suffix(".png").exists()
 
 
+def test_a_cosine_is_held_to_the_truth_and_to_the_reference() -> None:
+    truth = torch.eye(4, dtype=torch.float64)
+    gate = Gate(truth, truth.float(), truth.float())
+    error, cosine = gate.check_cosine("ours-fp8", 2 * truth.float(), truth.float(), 0.99)
+    assert (error, cosine) == (1.0, 1.0)
+    turned = truth.float().roll(1, 0)
+    for sample, everything in (
+        (turned, truth.float()),
+        (truth.float(), turned),
+        (truth.float() * float("nan"), turned),
+    ):
+        with pytest.raises(WrongResultError, match="ours-fp8: cosine"):
+            gate.check_cosine("ours-fp8", sample, everything, 0.99)
+
+
 def test_script_refuses_unknown_options() -> None:
     done = throughput("--size", "huge")
     assert done.returncode == 2

@@ -101,11 +101,13 @@ BATCHES = [(1,), (2,), (40,), (127,), (128,), (129,), (3, 2, 5), (100, 20, 9, 2)
 
 
 @pytest.mark.parametrize("output", ["pooled", "tokens"])
-@pytest.mark.parametrize(("family", "fused"), [("llama", False), ("llama", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "fused"), [("llama", False), ("llama", True), ("llama", "fp8-emulated"), ("qwen3", False)]
+)
 def test_equals_eager(made, family, fused, output):
     model = new_stack(family).eval()
     if fused:
-        model.fuse()
+        model.fuse(None if fused is True else fused)
     for lengths in BATCHES:
         assert_right(model, *lengths, output=output)
     assert captures(made) == len(model.graphs) == len({graphs.bucket(sum(b), len(b), max(b)) for b in BATCHES})

@@ -22,7 +22,7 @@ from mtllm_fast.cli import precision_report
 from mtllm_fast.cli.app import main
 from mtllm_fast.core import int8
 from mtllm_fast.models import precision as precision_module
-from mtllm_fast.models.linear import linear
+from mtllm_fast.models.linear import joint_product, linear
 from mtllm_fast.models.plain import TWIN
 from mtllm_fast.models.precision import EmulatedFp8Twin, Fp8Twin, Int8Twin
 from mtllm_fast.testing.tolerance import relative_error
@@ -184,6 +184,22 @@ def test_fp8_end_to_end_with_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(precision_module, "_why_not_here", lambda *_: None)
     emulated = outputs(quantised_stack("fp8-emulated", dtype=torch.bfloat16))
     assert relative_error(outputs(quantised_stack("fp8", dtype=torch.bfloat16)), emulated) < 1e-2
+
+
+@torch.no_grad()
+def test_projections_of_one_input_are_one_product() -> None:
+    model = quantised_stack("fp8-emulated", dtype=torch.bfloat16)
+    layer = model.llm2vec.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        x = torch.randn(5, modules[0].in_features, dtype=torch.bfloat16)
+        alone = [module.__dict__[TWIN](x) for module in modules]
+        whole = joint_product(modules, x)
+        assert torch.equal(whole, torch.cat(alone, 1))
+        del modules[-1].__dict__[TWIN]  # as a wrapper that hides it would
+        assert joint_product(modules, x) is None
+    first = model.llm2vec.layers[0].self_attn  # the composite's
+    assert joint_product((first.q_proj, first.k_proj, first.v_proj), x) is None
 
 
 def test_which_layers_have_a_twin() -> None:

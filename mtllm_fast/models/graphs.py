@@ -1,9 +1,9 @@
 """CUDA graphs for small batches of ``encode``: one launch in place of a thousand.
 
 A batch of few tokens costs the GPU little more than reading the weights once (8B in bf16: 3.3 ms at 4.3 TB/s), and the
-host several times as long to launch its kernels (docs/h200.md has what was measured). A graph is recorded once per *shape*, a batch rounded up to a bucket
-of tokens, of sentences and of the longest sentence, and replayed for every batch that fits. What rounding adds belongs
-to no sentence: empty sentences after the last one, and a dead tail of tokens that nothing reads.
+host several times as long to launch its kernels (docs/h200.md). A graph is recorded once per *shape*, a batch rounded
+up to a bucket of tokens, of sentences and of the longest sentence, and replayed for every batch that fits. What
+rounding adds belongs to no sentence: empty sentences after the last one, and a dead tail of tokens that nothing reads.
 
 Graphs read the parameters' live memory, so edits in place show. Before every replay the addresses of all tensors are
 compared with those at the capture, and during it their layouts and the modules (``inspection.py``): whatever has moved,

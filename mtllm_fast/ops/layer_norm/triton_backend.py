@@ -1,9 +1,9 @@
 """Triton kernels of ``layer_norm``: each row is read once, held in registers, and normed about its mean.
 
-Floors at 4.3 TB/s for T=16384, d=1024, bf16, 33.5 MB per ``[T, d]``: norm alone reads h and writes normed, 67 MB, 16 µs;
-with a residual two are read and two written, 134 MB, 31 µs (H200: 33). Backward reads the sum and the
-gradient of normed and writes dx, 101 MB, 23 µs; with the gradient of the sum 134 MB, 31 µs. Partial sums of the
-parameters' gradients add at most 2 · 512 · d · 4 bytes, written and read.
+Floors at 4.3 TB/s for T=16384, d=1024, bf16, 33.5 MB per ``[T, d]``: norm alone reads h and writes normed, 67 MB,
+16 µs; with a residual two are read and two written, 134 MB, 31 µs (H200: 33). Backward reads the sum and the gradient
+of normed and writes dx, 101 MB, 23 µs; with the gradient of the sum 134 MB, 31 µs. Partial sums of the parameters'
+gradients add at most 2 · 512 · d · 4 bytes, written and read.
 
 Names: ``i_`` index of a program or loop, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` a block of values.
 """

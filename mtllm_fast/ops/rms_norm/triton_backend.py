@@ -1,9 +1,9 @@
 """Triton kernels of ``rms_norm``. Rows are those of ``[T, H, D]``: row i is token i // H, head i % H.
 
-Floors at 4.3 TB/s for T=16384, D=4096, bf16: forward reads x and writes the normed rows, 268 MB, 62 µs; with a residual
-it reads two and writes two, 537 MB, 125 µs (H200, within a model: 102, helped by the L2 cache). Backward reads x and the gradient and writes
-one, 403 MB, 94 µs; with the gradient of the sum 537 MB, 125 µs. A weight that is trained adds partial sums of at most
-``PROGRAMS * D * 4`` bytes, 4 MB, 1 % of the backward.
+Floors at 4.3 TB/s for T=16384, D=4096, bf16: forward reads x and writes the normed rows, 268 MB, 62 µs; with a
+residual it reads two and writes two, 537 MB, 125 µs (H200, within a model: 102, helped by the L2 cache). Backward reads
+x and the gradient and writes one, 403 MB, 94 µs; with the gradient of the sum 537 MB, 125 µs. A weight that is trained
+adds partial sums of at most ``PROGRAMS * D * 4`` bytes, 4 MB, 1 % of the backward.
 
 Names: ``i_`` index of a program or loop, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` a block of values.
 """
