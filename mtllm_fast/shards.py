@@ -20,12 +20,15 @@ from typing import IO, Any
 
 import numpy as np
 
+from mtllm_fast.core.team import Team
+
 logger = logging.getLogger("mtllm_fast")
 
 OUTPUT_SUFFIXES = (".npy", ".parquet", ".safetensors")
 _MANIFEST = "manifest.json"
 _SHARDS = "[0-9]*.npy"
 _UNFINISHED = ".tmp"
+ALONE = Team()
 
 
 @dataclass(frozen=True)
@@ -85,33 +88,55 @@ def work_folder(out: Path) -> Path:
 
 
 @contextmanager
-def open_shards(out: Path, job: ShardedJob, overwrite: bool = False) -> Iterator[Shards]:
-    """Start or resume ``job``; one process at a time.
+def open_shards(out: Path, job: ShardedJob, overwrite: bool = False, team: Team = ALONE) -> Iterator[Shards]:
+    """Start or resume ``job``; one team of processes at a time.
 
     Args:
         out: the output, see :func:`check_output`.
         job: what is computed.
         overwrite: throw an unfinished job's shards away instead of resuming.
+        team: the processes that share it, all on one file system: process 0 finds out what is missing.
 
     Raises:
         ValueError: the work folder belongs to another job; the message says what differs.
         BlockingIOError: another process is at work on it.
     """
     folder = work_folder(out)
+    shards = Shards(out, folder, job, team)
+    if not team.leads:
+        shards.finished, shards._to_write = team.share(None)
+        yield shards
+        return
     folder.mkdir(exist_ok=True)
     with _locked(folder):
-        shards = Shards(out, folder, job)
         shards._start(overwrite)
+        _, shards._to_write = team.share((shards.finished, shards.missing))
         yield shards
 
 
 class Shards:
     """The shards of one job: which are missing, writing one, merging them all. See :func:`open_shards`."""
 
-    def __init__(self, out: Path, folder: Path, job: ShardedJob) -> None:
-        self.out, self.folder, self.job = out, folder, job
+    def __init__(self, out: Path, folder: Path, job: ShardedJob, team: Team = ALONE) -> None:
+        self.out, self.folder, self.job, self.team = out, folder, job, team
         self.finished = False  # OUT was complete; there is nothing to write or merge
         self._files: dict[int, Path] = {}
+        self._to_write: list[int] = []  # by the whole team
+
+    @property
+    def mine(self) -> list[int]:
+        """Shards that this process is to write: every so-manieth of those that were missing when the job was opened."""
+        return self._to_write[self.team.rank :: self.team.size]
+
+    def finish(self, ids: Iterable[str | int] = (), id_name: str = "id", id_type: type = int) -> None:
+        """``merge``, by process 0, once every process of the team has written its shards; all wait for it."""
+        if self.team.size > 1 and not self.finished:
+            self.team.wait()
+            if self.team.leads:
+                self._find_shards()
+        if self.team.leads and not self.finished:
+            self.merge(ids, id_name, id_type)
+        self.team.wait()  # of a process that ended early its launcher would think that it had failed the others
 
     @property
     def missing(self) -> list[int]:

@@ -270,3 +270,30 @@ def test_kill_during_encode(tmp_path: Path, model: MTLLM, lines: int, kills: lis
     np.testing.assert_allclose(np.load(out), wanted[order], atol=1e-4)
     gaps = np.linalg.norm(wanted[:, None, :8] - wanted[None, :, :8], axis=-1) + np.eye(len(wanted))
     assert gaps.min() > 3e-3  # any row out of place would have shown
+
+
+def team_of_two(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = [sys.executable, "-m", "mtllm_fast.cli", *map(str, arguments)]
+    return subprocess.run([*launcher, *program], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_share_an_encode_and_go_on_with_what_is_there(tmp_path: Path, model: MTLLM) -> None:
+    texts = [f"{i} {text}" for i in range(6) for text in TEXTS]
+    source = _text(tmp_path / "in.txt", texts)
+    command = ["encode", source, "--src-lang", "sw", "--out", "out.parquet", "--shard-size", 5]
+    work = tmp_path / "out.parquet.partial"
+    done = team_of_two(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("24 embeddings of width 128") == 1
+    assert not work.exists()
+    wanted = model.encode(texts, "swh_Latn").numpy()
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["id"].to_pylist() == list(range(24))
+    np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), wanted, atol=1e-5)
+
+    assert "exists; --overwrite replaces it" in team_of_two(*command, cwd=tmp_path).stderr
+    again = team_of_two(*command, "--overwrite", "--normalize", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    norms = np.linalg.norm(np.stack(pq.read_table(tmp_path / "out.parquet")["embedding"].to_numpy()), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)

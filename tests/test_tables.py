@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtllm_fast.core.errors import UnknownLanguageError
+from mtllm_fast.core.team import Team
 from mtllm_fast.shards import ShardedJob, check_output, open_shards, work_folder
 from mtllm_fast.tables import Row, open_table
 
@@ -135,6 +137,34 @@ def _run(out: Path, job: ShardedJob = JOB, overwrite: bool = False, stop_after: 
         if stop_after is None and not shards.finished:
             shards.merge(range(100, 123))
     return written
+
+
+class Told(Team):
+    """A process of a team whose leader has said something already, and for whom nobody has to wait."""
+
+    said: ClassVar[list[object]] = []
+
+    def share(self, value: object) -> object:
+        if self.leads:
+            self.said.append(value)
+        return self.said[-1]
+
+    def wait(self) -> None: ...
+
+
+def test_a_team_divides_what_is_missing_and_its_leader_merges(tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    _run(out, stop_after=1)
+    with open_shards(out, JOB, team=Told(0, 2)) as leads, open_shards(out, JOB, team=Told(1, 2)) as follows:
+        assert (leads.mine, follows.mine) == ([1, 3], [2, 4])
+        for shards in (follows, leads):
+            for index in shards.mine:
+                shards.write(index, VALUES[index * 5 : index * 5 + 5])
+        follows.finish()
+        assert not out.exists()
+        leads.finish()
+    np.testing.assert_array_equal(np.load(out), VALUES)
+    assert not work_folder(out).exists()
 
 
 @pytest.fixture(params=["out.npy", "out.parquet"])

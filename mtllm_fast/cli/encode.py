@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtllm_fast import MTLLM, __version__
 from mtllm_fast.cli.check import check_exists
+from mtllm_fast.core.team import join_team
 from mtllm_fast.models.stack import why_not_fusable
 from mtllm_fast.shards import ShardedJob, Shards, check_output, open_shards
 from mtllm_fast.tables import Row, TableFacts, TextTable, open_table
@@ -49,7 +50,11 @@ class EncodeJob:
 
 
 def run(job: EncodeJob) -> None:
-    """Check everything, load the model, encode the shards that are missing, merge. Bad input leaves no file."""
+    """Check everything, load the model, encode the shards that are missing, merge. Bad input leaves no file.
+
+    Under a launcher each process encodes a part of the shards, and the first one merges them.
+    """
+    team = join_team()
     if (job.src_lang is None) == (job.lang_column is None):
         raise ValueError("give the language of the texts: either --src-lang CODE or --lang-column NAME")
     check_output(job.out, job.overwrite)
@@ -68,8 +73,8 @@ def run(job: EncodeJob) -> None:
     if job.out.exists() and job.out.samefile(job.source):
         raise ValueError(f"{job.out} is the input: choose another OUT")
     facts = table.scan()
-    device = pick_device(job.device)
-    if job.model == "tiny":
+    device = pick_device(job.device or team.own_gpu)
+    if job.model == "tiny" and team.leads:
         typer.echo("warning: the model is the embedded tiny one, whose embeddings mean nothing; give --model", err=True)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
@@ -78,19 +83,21 @@ def run(job: EncodeJob) -> None:
     sharded = _sharded_job(job, table, facts, model)
     if job.precision is not None or why_not_fusable(model) is None:
         model.fuse(job.precision)
-    with open_shards(job.out, sharded, job.overwrite) as shards:
+    with open_shards(job.out, sharded, job.overwrite, team) as shards:
         if not shards.finished:
             _encode_missing(job, table, facts, model, shards)
-            shards.merge((row.id for row in table.rows()), job.id_column or "id", facts.id_type)
-    typer.echo(f"{job.out}: {facts.rows} embeddings of width {model.config.hidden_size}", err=True)
+        shards.finish((row.id for row in table.rows()), job.id_column or "id", facts.id_type)
+    if team.leads:
+        typer.echo(f"{job.out}: {facts.rows} embeddings of width {model.config.hidden_size}", err=True)
 
 
 def _encode_missing(job: EncodeJob, table: TextTable, facts: TableFacts, model: Model, shards: Shards) -> None:
-    missing = set(shards.missing)
-    bar = tqdm(total=facts.rows, unit="text", desc="encode", disable=not sys.stderr.isatty())
+    mine = set(shards.mine)
+    hidden = not (sys.stderr.isatty() and shards.team.leads)
+    bar = tqdm(total=facts.rows, unit="text", desc="encode", disable=hidden)
     with bar, _counted_truncation():
         for index, rows in enumerate(table.chunks(job.shard_size)):
-            if index in missing:
+            if index in mine:
                 shards.write(index, _encode(job, rows, model))
             bar.update(len(rows))
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from mtllm_fast.core.errors import CheckpointError
+from mtllm_fast.core.team import join_team
 from mtllm_fast.shards import ShardedJob, check_output, open_shards
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import Example, digest, read_examples
@@ -43,7 +44,8 @@ def preembed(arguments: PreembedArguments) -> Path:
     """Write the teacher's pooled states of all rows: one vector per text, choice or word, in the rows' order.
 
     The file holds one float32 tensor ``rows`` ``[units, D]`` (words beyond ``max_length`` are NaN) and says which
-    teacher and data it is of. Killed at any moment, the same call goes on where it stopped.
+    teacher and data it is of. Killed at any moment, the same call goes on where it stopped. Under ``torchrun`` each
+    process computes a part of it.
 
     Raises:
         CheckpointError: ``teacher`` is no result of ``finetune``, or damaged.
@@ -53,11 +55,12 @@ def preembed(arguments: PreembedArguments) -> Path:
     out = Path(arguments.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"out must end in .safetensors, got {out.name!r}")
+    team = join_team()
     check_output(out, arguments.overwrite)
     teacher = Path(arguments.teacher)
     task = Task.from_dict(read_facts(teacher)["task"])
     examples = read_examples(arguments.data, task, language=arguments.language)
-    loaded = load_result(teacher, dtype=arguments.dtype, device=arguments.device)
+    loaded = load_result(teacher, dtype=arguments.dtype, device=arguments.device or team.own_gpu)
     collate = TaskCollator(task, loaded.tokenizer, reads_languages=loaded.facts["kind"] == "stack")
     bounds = [0, *itertools.accumulate(example.units for example in examples)]
     width = loaded.model.tower.config.hidden_size
@@ -65,13 +68,12 @@ def preembed(arguments: PreembedArguments) -> Path:
     job = ShardedJob(
         bounds[-1], width, "float32", arguments.shard_size, {**identity, "dtype_of_model": arguments.dtype}
     )
-    with open_shards(out, job, arguments.overwrite) as shards:
-        for index in tqdm(shards.missing, desc="shards", disable=None):
+    with open_shards(out, job, arguments.overwrite, team) as shards:
+        for index in tqdm(shards.mine, desc="shards", disable=None if team.leads else True):
             start = index * job.shard_rows
             rows = job.shape(index)[0]
             shards.write(index, _states(loaded, collate, examples, bounds, start, start + rows, arguments.batch_rows))
-        if not shards.finished:
-            shards.merge(())
+        shards.finish()
     return out
 
 
