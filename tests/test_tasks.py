@@ -293,6 +293,32 @@ def test_a_run_goes_on_where_it_was_and_belongs_to_its_arguments(teacher, tmp_pa
         finetune(arguments, how(arguments, tmp_path / "out", **options | {"learning_rate": 0.1}))
 
 
+def test_a_student_killed_with_9_goes_on_bit_for_bit(student, tmp_path):
+    given = student[0]
+    program = [sys.executable, "-m", "mtllm_fast.cli", "distill-task", "--teacher", given.teacher]
+    program += ["--states", given.states, "--train", given.train, "--use_cpu", "True", "--disable_tqdm", "True"]
+    options = ["--max_steps", "9", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1"]
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    whole, killed = ([*program, *options, "--output_dir", str(folder)] for folder in folders)
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folders[1] / "checkpoint-4").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folders[1] / "final").exists()
+    for command in (whole, killed):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    trained = [
+        {path.name: path.read_bytes() for path in (folder / "final").rglob("*.safetensors")} for folder in folders
+    ]
+    assert len(trained[0]) >= 2
+    assert trained[0] == trained[1]
+
+
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["cls", "mc"])
 def test_the_recorded_step_of_task_distillation(kind, mode):
