@@ -23,6 +23,8 @@ from test_rms_norm import problem as norm_problem
 from test_rms_norm import run as run_norm
 from test_rope import check as check_rope
 from test_rope import merged
+from test_swiglu import check as check_swiglu
+from test_swiglu import problem as swiglu_problem
 
 from mtllm_fast import explain
 from mtllm_fast.core import native_cpu
@@ -62,12 +64,14 @@ def test_every_level_keeps_the_error_rule(level: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_level_norms_and_rotates_within_the_rule(level: str, dtype: torch.dtype) -> None:
+def test_every_level_norms_rotates_and_gates_within_the_rule(level: str, dtype: torch.dtype) -> None:
     for width in (1, 9, 41, 256):
         check_norm("cpu", norm_problem(70, width, dtype=dtype))
     check_norm("cpu", norm_problem(3, 5, 48, dtype=dtype, residual=False))
     for hd in (2, 14, 80):
         check_rope(merged, "cpu", CPU, T=37, heads=(4, 2), hd=hd, dtype=dtype)
+    for width in (3, 40, 1376):
+        check_swiglu("cpu", swiglu_problem(5, width, merged=width == 40, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

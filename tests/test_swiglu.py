@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from mtllm_fast.core import native_cpu
 from mtllm_fast.core.errors import UnsupportedBackendError
 from mtllm_fast.ops import explain
 from mtllm_fast.ops.rms_norm import reference as blocked
@@ -15,7 +16,7 @@ from mtllm_fast.ops.swiglu import schema, swiglu
 from mtllm_fast.testing.poison import poisoned_memory
 from mtllm_fast.testing.tolerance import INTERPRETED_RULES, RULES, assert_as_accurate
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -52,14 +53,14 @@ def check(backend: str, tensors: dict[str, Tensor]) -> None:
     assert_as_accurate(fast, run(plain, tensors), truth, INTERPRETED_RULES if interpreted else RULES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(backend: str, merged: bool, dtype: torch.dtype, device: torch.device) -> None:
     check(backend, problem(37, 200, merged=merged, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("shape", [(3, 1), (7,), (35, 128), (3, 896), (2, 11008), (2, 3, 48)], ids=str)
 def test_shapes(backend: str, shape: tuple[int, ...], device: torch.device) -> None:
     for merged in (False, True):
@@ -83,7 +84,7 @@ def test_rows_beyond_two_to_the_31st_element(device: torch.device) -> None:
     assert out[-2].float().sub(0.7311).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_strides(backend: str, device: torch.device) -> None:
     tensors = problem(6, 32, device=device)
     expected = run(swiglu, tensors, backend=backend)
@@ -100,7 +101,7 @@ def test_strides(backend: str, device: torch.device) -> None:
     assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (2, 0, 16)], ids=str)
 def test_empty(backend: str, shape: tuple[int, ...], device: torch.device) -> None:
     found = run(swiglu, problem(*shape, device=device), backend=backend)
@@ -112,7 +113,7 @@ def test_many_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     check("reference", problem(101, 64, merged=True, dtype=torch.bfloat16, device=device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_extremes_and_nan(backend: str, device: torch.device) -> None:
     """Large gates neither overflow nor lose their gradient, and NaN goes where torch lets it go, and nowhere else."""
     gate = torch.tensor([[-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4, float("nan")]], device=device)
@@ -122,7 +123,7 @@ def test_extremes_and_nan(backend: str, device: torch.device) -> None:
         assert torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_only_what_needs_a_gradient_gets_one(backend: str, device: torch.device) -> None:
     tensors = problem(5, 64, device=device)
     full = run(swiglu, tensors, backend=backend)
@@ -208,7 +209,11 @@ GATE = torch.ones(7, 16)
         ({"up": GATE[:3]}, ValueError, r"up must be \[7, 16\], got \[3, 16\]"),
         ({"up": GATE.half()}, TypeError, "up must be float32, got float16"),
         ({"up": GATE.to("meta")}, ValueError, "up must be on cpu like gate, got meta"),
-        ({"backend": "cutlass"}, UnsupportedBackendError, "no backend 'cutlass'; there are auto, triton, reference"),
+        (
+            {"backend": "cutlass"},
+            UnsupportedBackendError,
+            "no backend 'cutlass'; there are auto, triton, cpu, reference",
+        ),
     ],
 )
 def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
@@ -223,4 +228,4 @@ def test_kernels_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UnsupportedBackendError, match="TRITON_INTERPRET=1 is not set"):
         swiglu(GATE, backend="triton")
-    assert explain("swiglu", GATE).chosen == "reference"
+    assert explain("swiglu", GATE).chosen == ("reference" if native_cpu.why_not_built() else "cpu")

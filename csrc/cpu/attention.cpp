@@ -32,23 +32,6 @@ void multiply(const float* a, std::int64_t lda, const float* b, std::int64_t ldb
   if (j < columns) tile<1>(a, lda, b + j, ldb, depth, c + j, ldc);
 }
 
-// e^x for x <= 0, to 2 units in the last place; NaN stays NaN.
-inline Vec exponential(Vec x) {
-  const Vec bounded = x < -87.0f ? Vec{} - 87.0f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
-  const Vec whole = (bounded * 1.44269504f + kRound) - kRound;
-  const Vec rest = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;  // ln 2 in two parts
-  Vec sum = rest * (1.0f / 5040) + (1.0f / 720);
-  sum = sum * rest + (1.0f / 120);
-  sum = sum * rest + (1.0f / 24);
-  sum = sum * rest + (1.0f / 6);
-  sum = sum * rest + 0.5f;
-  sum = sum * rest + 1.0f;
-  sum = sum * rest + 1.0f;
-  typedef std::int32_t Integers __attribute__((vector_size(kLanes * 4)));
-  return sum * bits_of<Vec>((__builtin_convertvector(whole, Integers) + 127) << 23);
-}
-
 // A NaN may be passed over: it shows in the sum.
 float largest_of(const float* row, std::int64_t length) {
   float lanes[kLanes], largest = row[0];

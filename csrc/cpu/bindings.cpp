@@ -88,6 +88,22 @@ Status rope(int level, const Heads& x, Address cos, Address sin, std::int64_t ta
   return 0;
 }
 
+Status swiglu(int level, const Heads& gate, const Heads& up, Address out, std::int64_t out_stride, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->swiglu(gate, up, pointer<void>(out), out_stride, threads);
+  return 0;
+}
+
+Status swiglu_backward(int level, const Heads& grad, const Heads& gate, const Heads& up, Address grad_gate,
+                       std::int64_t gate_stride, Address grad_up, std::int64_t up_stride, int threads) {
+  const Kernels* kernels = kernels_of(level);
+  if (!kernels) return kUnsupportedArgument;
+  kernels->swiglu_backward(grad, gate, up, pointer<void>(grad_gate), gate_stride, pointer<void>(grad_up), up_stride,
+                           threads);
+  return 0;
+}
+
 Status attention(int level, const Heads& q, const Heads& k, const Heads& v, const Sentences& sentences,
                  std::int64_t longest, float scale, Address out, Address scratch, int threads) {
   const Kernels* kernels = kernels_of(level);
@@ -117,6 +133,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rms_norm", &rms_norm, Unlocked());
   module.def("rms_norm_backward", &rms_norm_backward, Unlocked());
   module.def("rope", &rope, Unlocked());
+  module.def("swiglu", &swiglu, Unlocked());
+  module.def("swiglu_backward", &swiglu_backward, Unlocked());
   module.def("attention_scratch", &attention_scratch);
   module.def("attention", &attention, Unlocked());
   module.def("pool", &pool, Unlocked());

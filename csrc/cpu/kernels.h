@@ -94,6 +94,10 @@ struct Kernels {
   // out, its heads adjacent, = x rotated by sign * the angles of the tables [tokens, >= width / 2].
   void (*rope)(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
                std::int64_t out_token_stride, int threads);
+  // out = silu(gate) * up; one head each, rows of out as far apart as said.
+  void (*swiglu)(const Heads& gate, const Heads& up, void* out, std::int64_t out_stride, int threads);
+  void (*swiglu_backward)(const Heads& grad, const Heads& gate, const Heads& up, void* grad_gate,
+                          std::int64_t gate_stride, void* grad_up, std::int64_t up_stride, int threads);
   // out [tokens, q.heads, width], contiguous, = softmax(scale q k^T) v within each sentence of up to `longest` tokens; rows
   // of longer sentences and of the tail are not written. width is a multiple of 16. scratch: attention_scratch per thread.
   void (*attention)(const Heads& q, const Heads& k, const Heads& v, const Sentences&, std::int64_t longest, float scale,

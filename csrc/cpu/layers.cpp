@@ -1,5 +1,5 @@
-// Between the matrix products of a layer: RMSNorm with the residual addition before it, and RoPE. Row by row, each row
-// read from memory once and written once; what is read again lies in the first cache.
+// Between the matrix products of a layer: RMSNorm with the residual addition before it, RoPE, and SwiGLU. Row by row, each
+// row read from memory once and written once; what is read again lies in the first cache.
 #include "levels.h"
 #include "parallel.h"
 #include "vec.h"
@@ -45,6 +45,18 @@ void rotate(const T* x, const float* cos, const float* sin, float sign, std::int
     store(out + j, low * c - high * s, part);
     store(out + half + j, high * c + low * s, part);
   });
+}
+
+// 1 / (1 + e^-x) and 1 minus it, neither of which cancels.
+struct Sigmoid {
+  Vec value, rest;
+};
+
+inline Sigmoid sigmoid(Vec x) {
+  const Vec below = x < 0.0f ? x : -x;
+  const Vec e = below < -87.0f ? Vec{} : exponential(below);  // 0: silu(-inf) is NaN, as elsewhere
+  const Vec large = 1.0f / (1.0f + e), small = e * large;
+  return {x < 0.0f ? small : large, x < 0.0f ? large : small};
 }
 
 }  // namespace
@@ -114,6 +126,41 @@ void rope(const Heads& x, const float* cos, const float* sin, std::int64_t table
         T* to = static_cast<T*>(out) + t * out_token_stride;
         for (std::int64_t h = 0; h < x.heads; h++)
           rotate(row_of<T>(x, t, h), cos + t * table_stride, sin + t * table_stride, sign, x.width / 2, to + h * x.width);
+      }
+    });
+  });
+}
+
+void swiglu(const Heads& gate, const Heads& up, void* out, std::int64_t out_stride, int threads) {
+  with_type(gate.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    parallel_rows(gate.tokens, rows_per_block(gate.width), threads, [&](std::int64_t start, std::int64_t stop, int) {
+      for (std::int64_t t = start; t < stop; t++) {
+        const T *g = row_of<T>(gate, t, 0), *u = row_of<T>(up, t, 0);
+        T* to = static_cast<T*>(out) + t * out_stride;
+        columns(gate.width, [&](std::int64_t j, auto part, int) {
+          const Vec x = load(g + j, part);
+          store(to + j, x * sigmoid(x).value * load(u + j, part), part);
+        });
+      }
+    });
+  });
+}
+
+void swiglu_backward(const Heads& grad, const Heads& gate, const Heads& up, void* grad_gate, std::int64_t gate_stride,
+                     void* grad_up, std::int64_t up_stride, int threads) {
+  with_type(gate.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    parallel_rows(gate.tokens, rows_per_block(gate.width), threads, [&](std::int64_t start, std::int64_t stop, int) {
+      for (std::int64_t t = start; t < stop; t++) {
+        const T *d = row_of<T>(grad, t, 0), *g = row_of<T>(gate, t, 0), *u = row_of<T>(up, t, 0);
+        T *to_gate = static_cast<T*>(grad_gate) + t * gate_stride, *to_up = static_cast<T*>(grad_up) + t * up_stride;
+        columns(gate.width, [&](std::int64_t j, auto part, int) {
+          const Vec x = load(g + j, part), dy = load(d + j, part);
+          const Sigmoid s = sigmoid(x);
+          store(to_gate + j, dy * load(u + j, part) * s.value * (1.0f + x * s.rest), part);
+          store(to_up + j, dy * x * s.value, part);
+        });
       }
     });
   });

@@ -18,6 +18,9 @@ void rms_norm_backward(const Heads& grad_normed, const Heads* grad_summed, const
                        const float* rstd, void* grad, float* grad_weight, int threads);
 void rope(const Heads& x, const float* cos, const float* sin, std::int64_t table_stride, float sign, void* out,
           std::int64_t out_token_stride, int threads);
+void swiglu(const Heads& gate, const Heads& up, void* out, std::int64_t out_stride, int threads);
+void swiglu_backward(const Heads& grad, const Heads& gate, const Heads& up, void* grad_gate, std::int64_t gate_stride,
+                     void* grad_up, std::int64_t up_stride, int threads);
 void attention(const Heads& q, const Heads& k, const Heads& v, const Sentences&, std::int64_t longest, float scale, void* out,
                float* scratch, int threads);
 

@@ -174,6 +174,23 @@ inline void fill_zero(float* row, std::int64_t width) {
   __builtin_memset(row, 0, static_cast<std::size_t>(width) * sizeof(float));
 }
 
+// e^x for x <= 0, to 2 units in the last place; NaN stays NaN.
+inline Vec exponential(Vec x) {
+  const Vec bounded = x < -87.0f ? Vec{} - 87.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
+  const Vec whole = (bounded * 1.44269504f + kRound) - kRound;
+  const Vec rest = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;  // ln 2 in two parts
+  Vec sum = rest * (1.0f / 5040) + (1.0f / 720);
+  sum = sum * rest + (1.0f / 120);
+  sum = sum * rest + (1.0f / 24);
+  sum = sum * rest + (1.0f / 6);
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  typedef std::int32_t Integers __attribute__((vector_size(kLanes * 4)));
+  return sum * bits_of<Vec>((__builtin_convertvector(whole, Integers) + 127) << 23);
+}
+
 // function(pointer of the dtype's type); half of a dispatch that is written once.
 template <typename Function>
 inline void with_type(DType dtype, Function function) {

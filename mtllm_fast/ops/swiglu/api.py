@@ -25,7 +25,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> 
         gate: ``[..., F]``, or, without ``up``, the output of a merged projection ``[..., 2 F]``: gate, then up. fp32,
             bf16, fp16 or fp64; the rows of a 2-D tensor may be strided.
         up: like ``gate``, or None.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
 
     Returns:
         ``[..., F]``, contiguous, in the dtype of ``gate``.

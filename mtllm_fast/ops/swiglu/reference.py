@@ -1,4 +1,4 @@
-"""The specification of ``swiglu`` in plain torch; also what runs on a CPU.
+"""The specification of ``swiglu`` in plain torch; also what runs in float64.
 
     out = gate σ(gate) up      dgate = d up σ(gate) (1 + gate (1 − σ(gate)))      dup = d gate σ(gate)
 

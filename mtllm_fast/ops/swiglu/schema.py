@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtllm_fast.core import native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -21,6 +22,7 @@ BACKENDS = Backends(
     "swiglu",
     {
         "triton": lambda gate: why_not_triton(gate) or why_not_kernels(gate),
+        "cpu": native_cpu.why_not_cpu,
         "reference": lambda gate: None,
     },
 )
