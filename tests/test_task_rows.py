@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import tasks_data
 from transformers import AutoTokenizer
 
 from mtllm_fast import FinetuneArguments, finetune, task_training_arguments
+from mtllm_fast.tasks import examples
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import Example, read_examples
+from mtllm_fast.tasks.predict import Prediction, score
 from mtllm_fast.tasks.presets import TASKS, Task, get_task
 from mtllm_fast.tasks.training import TaskArguments
 from mtllm_fast.tiny import tiny_llm_tokenizer, tiny_path
@@ -148,3 +151,34 @@ def test_columns_beside_a_preset_replace_its_own():
     assert task.text == ("passage", "question")
     assert task.labels == ("1", "2", "3")
     assert task.epochs == TASKS["belebele"].epochs
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_numbers_and_their_names_are_the_same_class(first: int, tmp_path) -> None:
+    """What a .csv writes as text and a .jsonl as a number, of choices named by their numbers."""
+    arguments = TaskArguments(
+        kind="choice", text_columns=["a", "b"], choice_columns=["c0", "c1", "c2"], first_label=first
+    )
+    task = arguments.resolve()
+    assert task.labels == tuple(map(str, range(first, first + 3)))
+    found = {}
+    for name in ("rows.csv", "rows.jsonl"):
+        file = tmp_path / name
+        rows = [{"a": "x", "b": "y", "c0": "p", "c1": "q", "c2": "r", "label": first + i} for i in range(3)]
+        if name.endswith("csv"):
+            lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        else:
+            lines = [json.dumps(row) for row in rows]
+        file.write_text("\n".join(lines) + "\n")
+        found[name] = [example.label for example in read_examples(file, task, language="eng_Latn")]
+    assert found["rows.csv"] == found["rows.jsonl"] == [0, 1, 2]
+    stars = replace(task, labels=("1", "2", "3"), first_label=0)
+    with pytest.raises(ValueError, match="must hold one of 1, 2, 3"):
+        examples._label(0, stars, "row 1")
+    assert examples._label(2, stars, "row 1") == examples._label("2", stars, "row 1") == 1
+
+
+def test_a_word_that_was_cut_off_is_no_class() -> None:
+    example = Example("0", ("a", "b", "c", "d"), (), (0, 1, 0, 1), "eng_Latn")
+    found = score([Prediction(example, [None] * 4, [0, 1, 0, None])])
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)

@@ -203,7 +203,7 @@ def preembed(
             out=out,
             language=language,
             dtype=dtype.value,
-            device=str(pick_device(device)),
+            device=None if device is None else str(pick_device(device)),
             overwrite=overwrite,
         )
     )

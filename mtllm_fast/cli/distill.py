@@ -27,7 +27,7 @@ def options(words: Sequence[str]) -> tuple[DistillArguments, TrainingArguments]:
     """The preset's values where no option replaces them; without a model or data of one's own it is ``tiny``."""
     preset = value_of(words, "preset")
     if preset is None:
-        own = any(word.startswith(("--encoder", "--llm", "--model", "--data")) for word in words)
+        own = any(value_of(words, name) not in (None, "tiny") for name in ("encoder", "llm", "model", "data"))
         preset = "paper" if own else "tiny"
     recipe = RECIPES.get(preset, RECIPES["paper"])  # an unknown one is refused by the parser
     return parse(

@@ -18,7 +18,7 @@ from mtllm_fast.models import (
     MTLLMForTokenClassification,
 )
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.examples import read_examples
+from mtllm_fast.tasks.examples import contents, read_examples
 from mtllm_fast.tasks.model import TaskModel, read_facts, save_result
 from mtllm_fast.tasks.preembed import States
 from mtllm_fast.tasks.presets import Task
@@ -30,7 +30,7 @@ from mtllm_fast.tasks.training import (
     task_training_arguments,
     write_dev,
 )
-from mtllm_fast.training.checkpoints import begin, finish
+from mtllm_fast.training.checkpoints import MANIFEST, begin, finish
 from mtllm_fast.training.runs import Run, write_json
 from mtllm_fast.training.stacks import add_lora, merge_lora
 
@@ -78,10 +78,12 @@ def distill_task(arguments: DistillTaskArguments, trainer_arguments: TrainingArg
         task = Task.from_dict({**task.to_dict(), "max_length": arguments.max_length})
     how: Any = trainer_arguments or task_training_arguments(task, "distilled-task", arguments.dev is not None)
     free = ("overwrite", "merge")
-    run = Run.of("distill-task", {n: v for n, v in asdict(arguments).items() if n not in free}, how)
-    checkpoint = run.checkpoint(arguments.overwrite)
     examples = read_examples(arguments.train, task, language=arguments.language)
     dev = None if arguments.dev is None else read_examples(arguments.dev, task, language=arguments.language)
+    settings = {n: v for n, v in asdict(arguments).items() if n not in free}
+    read = contents(teacher=teacher / MANIFEST, train=arguments.train, dev=arguments.dev)
+    run = Run.of("distill-task", {**settings, **read}, how)
+    checkpoint = run.checkpoint(arguments.overwrite)
     states = States(arguments.states, teacher, arguments.train, [example.units for example in examples])
     set_seed(how.seed)
     stack = MTLLM.from_pretrained(arguments.model, dtype=arguments.dtype, llm_embeddings=False)
@@ -91,7 +93,7 @@ def distill_task(arguments: DistillTaskArguments, trainer_arguments: TrainingArg
         stack.up_proj.float().requires_grad_(True)
     collate = TaskCollator(task, stack.tokenizer, reads_languages=True)
     trainer = TaskTrainer(model, how, data_collator=collate, train_dataset=Rows(examples, states), eval_dataset=dev)
-    run.begin()
+    run.begin(arguments.overwrite)
     trainer.train_from(checkpoint)
     output, metrics = Path(how.output_dir), {}
     trained = trainer.accelerator.unwrap_model(trainer.model)

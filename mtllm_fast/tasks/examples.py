@@ -75,6 +75,11 @@ def digest(path: str | os.PathLike[str]) -> str:
     return result.hexdigest()
 
 
+def contents(**paths: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Digests of the files that there are, for the settings of a run: a path may be written anew."""
+    return {f"contents of {name}": digest(path) for name, path in paths.items() if path is not None}
+
+
 def _example(record: dict[str, Any], task: Task, where: str, identity: str, language: str, labelled: bool) -> Example:
     label = record[task.label] if labelled else None
     if task.kind == "tokens":
@@ -106,11 +111,12 @@ def _words(value: Any, where: str, column: str, any_type: bool = False) -> tuple
 
 def _label(value: Any, task: Task, where: str) -> int:
     """A class by its name, or by its number, which a .csv writes as text."""
-    if isinstance(value, str) and value in task.labels:
-        return task.labels.index(value)
-    number = value
-    if isinstance(value, str) and value.lstrip("-").isdigit():
-        number = int(value)
+    name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if name in task.labels:  # names that are numbers are names: a .csv and a .jsonl say the same
+        return task.labels.index(name)
+    number = None if all(label.lstrip("-").isdigit() for label in task.labels) else value
+    if isinstance(number, str) and number.lstrip("-").isdigit():
+        number = int(number)
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number - task.first_label < len(task.labels):
         return number - task.first_label
     last = task.first_label + len(task.labels) - 1

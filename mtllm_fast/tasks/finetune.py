@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 
 from mtllm_fast.tasks.collators import TaskCollator
+from mtllm_fast.tasks.examples import contents
 from mtllm_fast.tasks.model import TaskModel, load_llm, load_llm_tokenizer, save_result
 from mtllm_fast.tasks.training import (
     LoraArguments,
@@ -72,10 +73,11 @@ def finetune(arguments: FinetuneArguments, trainer_arguments: TrainingArguments 
     if arguments.train is None:
         raise ValueError("train is missing: a file of rows")
     how: Any = trainer_arguments or task_training_arguments(task, "finetuned", arguments.dev is not None)
-    run = Run.of("finetune", {n: v for n, v in asdict(arguments).items() if n != "overwrite"}, how)
-    checkpoint = run.checkpoint(arguments.overwrite)
     examples = arguments.read(arguments.train, task)
     dev = None if arguments.dev is None else arguments.read(arguments.dev, task)
+    settings = {n: v for n, v in asdict(arguments).items() if n != "overwrite"}
+    run = Run.of("finetune", {**settings, **contents(train=arguments.train, dev=arguments.dev)}, how)
+    checkpoint = run.checkpoint(arguments.overwrite)
     set_seed(how.seed)
     name = arguments.llm_tokenizer or (None if arguments.llm == "tiny" else arguments.llm)
     collate = TaskCollator(task, load_llm_tokenizer(name), reads_languages=False)
@@ -83,7 +85,7 @@ def finetune(arguments: FinetuneArguments, trainer_arguments: TrainingArguments 
     model.tower.requires_grad_(False)
     wrapped = add_lora(model.llm, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
     trainer = TaskTrainer(model, how, data_collator=collate, train_dataset=Rows(examples), eval_dataset=dev)
-    run.begin()
+    run.begin(arguments.overwrite)
     trainer.train_from(checkpoint)
     facts = {"kind": "llm", "base": arguments.llm, "tokenizer": name}
     output, metrics = Path(how.output_dir), {}

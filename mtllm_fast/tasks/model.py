@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from mtllm_fast.models import MTLLM
 from mtllm_fast.models.inputs import packed_layout, prepare_inputs
 from mtllm_fast.models.layers import to_packed_layers
 from mtllm_fast.models.plain import is_rms_norm
-from mtllm_fast.models.towers import final_norm, run_llm, run_other_llm
+from mtllm_fast.models.towers import evaluating, final_norm, run_llm, run_other_llm
 from mtllm_fast.ops.norm_pool import norm_pool
 from mtllm_fast.tasks.presets import Task
 from mtllm_fast.training.checkpoints import begin, damage, finish
@@ -109,6 +109,8 @@ class TaskModel(nn.Module):
     ) -> Tensor:
         if isinstance(self.tower, MTLLM):
             batch = prepare_inputs(self.tower, ids, None, None, cu_seqlens, max_seqlen)
+            with torch.no_grad(), evaluating(self.tower.nllb_encoder):  # frozen, and without dropout, as in stage 1
+                batch = replace(batch, input_ids=None, encoder_states=self.tower.encode_tokens(batch))
             if indices is None:
                 return self.tower.pooled(batch)
             hidden = self.tower.hidden(batch)
@@ -218,6 +220,7 @@ def load_result(folder: str | Path, *, dtype: Any = "auto", device: Any = None) 
     if found.unexpected_keys:
         raise CheckpointError(f"{folder}: head.safetensors has {found.unexpected_keys}, which the model has not")
     model.requires_grad_(False)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(model.to(device).eval(), tokenizer, facts)
 
 

@@ -78,9 +78,10 @@ def score(predictions: Sequence[Prediction]) -> dict[str, float]:
     except ImportError:
         raise ValueError("scores need scikit-learn: pip install 'mtllm-fast[train]'") from None
     truth, said = flat(predictions)
+    classes = sorted({*truth, *said} - {-1})  # a word that was cut off is of no class of its own
     return {
         "accuracy": float(accuracy_score(truth, said)),
-        "macro_f1": float(f1_score(truth, said, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(truth, said, labels=classes, average="macro", zero_division=0)),
     }
 
 

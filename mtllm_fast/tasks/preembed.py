@@ -50,8 +50,12 @@ def preembed(arguments: PreembedArguments) -> Path:
     Raises:
         CheckpointError: ``teacher`` is no result of ``finetune``, or damaged.
         FileExistsError: ``out`` exists, and ``overwrite`` is not set.
-        ValueError: rows that do not fit the teacher's task, or unfinished work of another teacher or data.
+        ValueError: rows that do not fit the teacher's task, states that are not finite, a size below 1, or unfinished
+            work of another teacher or data.
     """
+    for name in ("batch_rows", "shard_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
     out = Path(arguments.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"out must end in .safetensors, got {out.name!r}")
@@ -92,6 +96,10 @@ def _states(
         chosen = inside[at : at + batch_rows]
         batch = {k: v for k, v in collate([examples[i] for i in chosen]).items() if k not in ("labels", "states")}
         states = loaded.model(**batch).states.float().cpu().numpy()
+        if not np.isfinite(states).all():
+            raise ValueError(
+                f"the teacher's states of rows {chosen[0]} … {chosen[-1]} are not finite: try a wider dtype"
+            )
         kept = [flag for i in chosen for flag in collate.kept_units(examples[i])]
         places = np.arange(bounds[chosen[0]] - first, bounds[chosen[-1] + 1] - first)[np.array(kept)]
         values[places] = states

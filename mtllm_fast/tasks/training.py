@@ -43,7 +43,10 @@ class TaskArguments:
         """
         if self.task is None and (self.kind is None or not self.text_columns):
             raise ValueError(f"give a task ({', '.join(TASKS)}), or kind, text_columns and labels")
-        numbers = tuple(map(str, range(1, len(self.choice_columns) + 1)))
+        first = self.first_label
+        if first is None:
+            first = 0 if self.task is None else get_task(self.task).first_label
+        numbers = tuple(map(str, range(first, first + len(self.choice_columns))))
         if self.task is not None:
             task = get_task(self.task)
         else:
@@ -58,8 +61,9 @@ class TaskArguments:
         given = {name: value for name, value in changes.items() if value}
         if self.first_label is not None:
             given["first_label"] = self.first_label
-        if self.choice_columns and not self.labels:
-            given["labels"] = numbers
+        if task.kind == "choice" and not self.labels:
+            count = len(self.choice_columns) or len(task.choices)
+            given["labels"] = tuple(map(str, range(first, first + count)))
         return replace(task, **given)
 
     def read(self, path: str | os.PathLike[str], task: Task, labelled: bool = True) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # What may differ between a run and its resumption: it shapes no number.
+logger = logging.getLogger("mtllm_fast")
+
 _FREE = {"merge", "overwrite"}
 
 
@@ -98,6 +101,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     checkpoint = run.checkpoint(arguments.overwrite)
     if arguments.merge and how.fsdp:
         raise ValueError("merge needs whole weights: give the same command again with merge, in one process")
+    if arguments.teacher_cache and (how.fsdp or how.world_size > 1):
+        raise ValueError("teacher_cache serves one process: with several, each sees other documents in every epoch")
     per_batch = arguments.documents_per_process(how.world_size, how.gradient_accumulation_steps)
     documents = _documents(arguments, how)
     held_out = _held_out(arguments)
@@ -122,11 +127,11 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         documents, collate, documents_per_batch=per_batch, tokens_per_batch=arguments.tokens_per_batch
     )
     eval_batches = [collate(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
+    run.begin(arguments.overwrite)
     cache = _teacher_cache(arguments, how, model) if arguments.teacher_cache else None
     trainer = SelfDistillationTrainer(
         joint, how, train_dataset=batches, eval_dataset=eval_batches or None, teacher_cache=cache
     )
-    run.begin()
     if eval_batches and checkpoint is None and not how.fsdp:  # which shards, and takes to the GPU, in train()
         trainer.evaluate()  # the curve begins where least squares ended
     trainer.train_from(checkpoint)
@@ -190,7 +195,10 @@ def _held_out(arguments: DistillArguments) -> list[str]:
 
         return [] if arguments.data else tiny_documents()[-arguments.eval_documents :]
     source = arguments.eval_data if len(arguments.eval_data) > 1 else arguments.eval_data[0]
-    stream = iter(open_documents(source, text_column=arguments.text_column, epochs=1))
+    split = arguments.eval_split or arguments.split
+    if arguments.eval_data == arguments.data and split == arguments.split:
+        logger.warning("eval_data is data itself: its figures are of documents that are trained on")
+    stream = iter(open_documents(source, text_column=arguments.text_column, split=split, epochs=1))
     return [text for text, _ in zip(stream, range(arguments.eval_documents), strict=False)]
 
 

@@ -61,6 +61,7 @@ class DistillArguments:
     )
     eval_data: list[str] = field(default_factory=list, metadata={"help": "Held-out texts, likewise."})
     eval_documents: int = field(default=256, metadata={"help": "How many of eval_data to read."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of eval_data. (default: split)"})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     split: str = field(default="train", metadata={"help": "Split of a datasets name."})
     src_lang: str = field(default="eng_Latn", metadata={"help": "Language of the texts, which the LLM must know."})

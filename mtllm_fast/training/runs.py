@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.training.checkpoints import all_checkpoints, newest
 
@@ -21,7 +23,8 @@ _FILES = (SETTINGS, "log.json", "curve.png", "predictions.jsonl", "metrics.json"
 _TRAINER = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "seed", "data_seed",
     "bf16", "per_device_train_batch_size", "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm",
+    "adam_epsilon", "max_grad_norm", "fp16", "lr_scheduler_kwargs", "optim_args", "dataloader_drop_last",
+    "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 
 
@@ -48,9 +51,7 @@ class Run:
             FileExistsError: the folder holds another run; the message says what differs.
             CheckpointError: it holds this one, and every checkpoint is damaged.
         """
-        if overwrite:
-            if self.writes:
-                self._discard()
+        if overwrite:  # begin() discards it, once the new run is known to be possible
             return None
         file = self.output_dir / SETTINGS
         worth = all_checkpoints(self.output_dir) or any((self.output_dir / name).exists() for name in RESULTS)
@@ -71,11 +72,14 @@ class Run:
             logger.warning("resuming from %s", found.path)
         return found.path
 
-    def begin(self) -> None:
-        """Take the folder."""
+    def begin(self, overwrite: bool) -> None:
+        """Take the folder, and discard what it holds if the run is to ``overwrite``; every process waits for that."""
         if self.writes:
+            if overwrite:
+                self._discard()
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / SETTINGS, self.settings)
+        PartialState().wait_for_everyone()
 
     def _discard(self) -> None:
         for path in (*all_checkpoints(self.output_dir), *(self.output_dir / name for name in RESULTS)):

@@ -48,7 +48,7 @@ class TeacherCache:
         self._size = _HASH + 4 * width + _CHECKSUM
         header = hashlib.sha256(f"{width} {identity}".encode()).digest()
         self._rows: dict[bytes, int] = {}
-        if path.exists():
+        if path.exists() and path.stat().st_size >= len(header):  # shorter: killed while it was made
             if path.open("rb").read(len(header)) != header:
                 raise ValueError(f"{path} holds the states of another teacher: choose another file")
         else:
