@@ -33,9 +33,9 @@ from mtllm_fast.training.trainer import whole_weights
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What may differ between a run and its resumption: it shapes no number.
 logger = logging.getLogger("mtllm_fast")
 
+# What may differ between a run and its resumption: it shapes no number.
 _FREE = {"merge", "overwrite"}
 
 
