@@ -1,7 +1,7 @@
 """Build, test, sanitise and benchmark on the GPU of this machine, in one command.
 
-On an H200 the tests took 130 s (the build has not been timed there), a stage of throughput at 8B 30 to 70 s (the training step more than 90):
-all of them do not fit into the ten minutes at which the suite stops, so choose ``--stages``.
+On an H200 the tests took 130 s (the build has not been timed there), a stage of throughput at 8B 30 to 70 s (the
+training step more than 90): all do not fit into the ten minutes at which the suite stops, so choose ``--stages``.
 
     python benchmarks/gpu_suite.py --out results-gpu
     python benchmarks/gpu_suite.py --out results-gpu --stages build,tests
