@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtllm_fast.core.digests import digest
 from mtllm_fast.core.errors import UnknownLanguageError
 from mtllm_fast.text.languages import resolve_language
 
@@ -102,11 +102,7 @@ class TextTable:
             id_types.add(type(row.id))
         if len(id_types) > 1:
             raise ValueError(f"{self.path}: column {self.id_column!r} mixes strings and integers")
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return TableFacts(count, str if id_types == {str} else int, self.path.stat().st_size, digest.hexdigest())
+        return TableFacts(count, str if id_types == {str} else int, self.path.stat().st_size, digest(self.path))
 
 
 def open_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -88,3 +89,15 @@ def test_bfloat16_weights_want_autocast(parts, tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="set bf16"):
         distill(arguments, training_arguments(arguments, tmp_path, max_steps=1, use_cpu=True))
+
+
+def test_other_weights_under_the_same_path_are_another_run(parts, tmp_path):
+    own = tmp_path / "parts"
+    shutil.copytree(parts, own)
+    run(own, tmp_path / "out", dtype="float32")
+    stack = MTLLM.from_pretrained("tiny")
+    with torch.no_grad():
+        stack.llm2vec.layers[1].mlp.up_proj.weight.mul_(1.01)
+    stack.llm2vec.save_pretrained(own / "llm")
+    with pytest.raises(FileExistsError, match="contents of llm"):
+        run(own, tmp_path / "out", dtype="float32")

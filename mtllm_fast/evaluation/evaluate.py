@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_fast import __version__
+from mtllm_fast.core.digests import digest
 from mtllm_fast.evaluation.metrics import by_language, read_predictions
 from mtllm_fast.evaluation.translate import Translator
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.examples import Example, digest, read_examples
+from mtllm_fast.tasks.examples import Example, read_examples
 from mtllm_fast.tasks.model import load_result, read_facts
 from mtllm_fast.tasks.predict import predict, write_predictions
 from mtllm_fast.tasks.presets import Task

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import set_seed
 
+from mtllm_fast.core.digests import contents
 from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.models import (
     MTLLM,
@@ -18,7 +19,7 @@ from mtllm_fast.models import (
     MTLLMForTokenClassification,
 )
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.examples import contents, read_examples
+from mtllm_fast.tasks.examples import read_examples
 from mtllm_fast.tasks.model import TaskModel, read_facts, save_result
 from mtllm_fast.tasks.preembed import States
 from mtllm_fast.tasks.presets import Task
@@ -81,7 +82,7 @@ def distill_task(arguments: DistillTaskArguments, trainer_arguments: TrainingArg
     examples = read_examples(arguments.train, task, language=arguments.language)
     dev = None if arguments.dev is None else read_examples(arguments.dev, task, language=arguments.language)
     settings = {n: v for n, v in asdict(arguments).items() if n not in free}
-    read = contents(teacher=teacher / MANIFEST, train=arguments.train, dev=arguments.dev)
+    read = contents(model=arguments.model, teacher=teacher / MANIFEST, train=arguments.train, dev=arguments.dev)
     run = Run.of("distill-task", {**settings, **read}, how)
     checkpoint = run.checkpoint(arguments.overwrite)
     states = States(arguments.states, teacher, arguments.train, [example.units for example in examples])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mtllm_fast.core.errors import UnknownLanguageError
@@ -64,20 +62,6 @@ def read_examples(
     if not examples:
         raise ValueError(f"{path}: holds no row")
     return examples
-
-
-def digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file."""
-    result = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            result.update(block)
-    return result.hexdigest()
-
-
-def contents(**paths: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Digests of the files that there are, for the settings of a run: a path may be written anew."""
-    return {f"contents of {name}": digest(path) for name, path in paths.items() if path is not None}
 
 
 def _example(record: dict[str, Any], task: Task, where: str, identity: str, language: str, labelled: bool) -> Example:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
+from mtllm_fast.core.digests import contents
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.examples import contents
 from mtllm_fast.tasks.model import TaskModel, load_llm, load_llm_tokenizer, save_result
 from mtllm_fast.tasks.training import (
     LoraArguments,
@@ -76,7 +76,7 @@ def finetune(arguments: FinetuneArguments, trainer_arguments: TrainingArguments 
     examples = arguments.read(arguments.train, task)
     dev = None if arguments.dev is None else arguments.read(arguments.dev, task)
     settings = {n: v for n, v in asdict(arguments).items() if n != "overwrite"}
-    run = Run.of("finetune", {**settings, **contents(train=arguments.train, dev=arguments.dev)}, how)
+    run = Run.of("finetune", {**settings, **contents(llm=arguments.llm, train=arguments.train, dev=arguments.dev)}, how)
     checkpoint = run.checkpoint(arguments.overwrite)
     set_seed(how.seed)
     name = arguments.llm_tokenizer or (None if arguments.llm == "tiny" else arguments.llm)

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from mtllm_fast.core.digests import digest
 from mtllm_fast.core.errors import CheckpointError
 from mtllm_fast.core.team import join_team
 from mtllm_fast.shards import ShardedJob, check_output, open_shards
 from mtllm_fast.tasks.collators import TaskCollator
-from mtllm_fast.tasks.examples import Example, digest, read_examples
+from mtllm_fast.tasks.examples import Example, read_examples
 from mtllm_fast.tasks.model import Loaded, load_result, read_facts
 from mtllm_fast.tasks.presets import Task
 from mtllm_fast.training.checkpoints import MANIFEST

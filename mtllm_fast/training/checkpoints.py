@@ -6,7 +6,6 @@ synced, and the folder gets its name. What a killed process leaves behind starts
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+from mtllm_fast.core.digests import digest
 
 logger = logging.getLogger("mtllm_fast")
 
@@ -45,7 +46,7 @@ def finish(final: Path) -> None:
     """Give the filled folder its name, with a manifest; a folder that has the name already is replaced."""
     folder = unfinished(final)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    facts = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": facts}, indent=1) + "\n", encoding="utf-8")
     for path in (*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync(path)
@@ -70,7 +71,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-            if _digest(path) != facts["sha256"]:
+            if digest(path) != facts["sha256"]:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return f"no {MANIFEST}"
@@ -107,14 +108,6 @@ def prune(output_dir: Path, keep: int | None, keep_also: Path | None = None) -> 
         # Under another name first: half a checkpoint must not be found under its own.
         doomed = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.replaced"))
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
+from mtllm_fast.core.digests import contents
 from mtllm_fast.training.batching import StreamingBatches
 from mtllm_fast.training.collator import DataCollatorForSelfDistillation
 from mtllm_fast.training.curve import plot_curve
@@ -97,7 +98,9 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
     """
     arguments.check()
     how: Any = trainer_arguments or training_arguments(arguments, "distilled")
-    run = Run.of("distill", {n: value for n, value in asdict(arguments).items() if n not in _FREE}, how)
+    settings = {name: value for name, value in asdict(arguments).items() if name not in _FREE}
+    parts = contents(encoder=arguments.encoder, llm=arguments.llm, model=arguments.model)
+    run = Run.of("distill", {**settings, **parts}, how)
     checkpoint = run.checkpoint(arguments.overwrite)
     if arguments.merge and how.fsdp:
         raise ValueError("merge needs whole weights: give the same command again with merge, in one process")
@@ -142,7 +145,8 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
 def _teacher_cache(arguments: DistillArguments, how: TrainingArguments, model: Any) -> TeacherCache:
     """One for each process, which sees documents of its own."""
     path = Path(str(how.output_dir)) / f"teacher-{how.process_index:05d}-of-{how.world_size:05d}.states"
-    identity = f"{arguments.llm or arguments.model} {arguments.dtype} {arguments.load_in_4bit} {arguments.max_length}"
+    llm = arguments.llm or arguments.model
+    identity = f"{llm} {contents(llm=llm)} {arguments.dtype} {arguments.load_in_4bit} {arguments.max_length}"
     return TeacherCache(path, model.config.hidden_size, identity)
 
 

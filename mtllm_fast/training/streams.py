@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mtllm_fast.core.digests import fingerprint
 from mtllm_fast.tables import TABLE_SUFFIXES, open_records, shown
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Any
@@ -36,13 +37,7 @@ class _File:
         return str(self.path)
 
     def fingerprint(self) -> list[Any]:
-        """Name, column, size, and what its beginning and end say; corpora are too large to read for this."""
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            start = file.read(1 << 16)
-            file.seek(max(0, size - (1 << 16)))
-            ends = hashlib.sha256(start + file.read()).hexdigest()
-        return [self.path.name, self.column, size, ends]
+        return [self.path.name, self.column, fingerprint(self.path)]
 
     def texts(self, start: int) -> Iterator[str]:
         column = "text" if self.path.suffix.lower() == ".txt" else self.column
