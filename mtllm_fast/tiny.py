@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def generate(folder: Path) -> None:
     """Write the checkpoint into an existing folder; the bytes are the same every time."""
     from safetensors.numpy import save
 
-    _tokenizer().save_pretrained(folder)
+    nllb_tokenizer(article_1().values(), _BPE_VOCABULARY).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(save(_weights(), metadata={"format": "pt"}))
 
@@ -125,7 +126,8 @@ def article_1() -> dict[str, str]:
     return dict(line.split("\t") for line in file.read_text(encoding="utf-8").splitlines())
 
 
-def _tokenizer() -> NllbTokenizer:
+def nllb_tokenizer(texts: Iterable[str], vocabulary: int) -> NllbTokenizer:
+    """NLLB's kind of tokenizer: BPE of so many pieces, ``▁`` for a blank, and ``<mask>`` and the 202 codes besides."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import Metaspace
@@ -134,14 +136,14 @@ def _tokenizer() -> NllbTokenizer:
 
     printable_ascii = [chr(code) for code in range(33, 127)]
     trainer = BpeTrainer(
-        vocab_size=_BPE_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=printable_ascii,
         show_progress=False,
     )
     bpe = Tokenizer(BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    bpe.train_from_iterator(article_1().values(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     model: dict[str, Any] = json.loads(bpe.to_str())["model"]
     merges: list[Any] = [tuple(merge) for merge in model["merges"]]
     return NllbTokenizer(vocab=model["vocab"], merges=merges)
@@ -206,17 +208,22 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def tiny_llm_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for the tiny stack's LLM, whose checkpoint brings none: byte-level BPE of 512 tokens, BOS first."""
+    """A tokenizer for the tiny stack's LLM, whose checkpoint brings none."""
+    return llama_tokenizer(article_1().values(), _CONFIG["llm2vec_config"]["vocab_size"])
+
+
+def llama_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Llama's kind of tokenizer: byte-level BPE of so many tokens, BOS first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_CONFIG["llm2vec_config"]["vocab_size"], special_tokens=["<unk>", "<s>", "</s>"],
+        vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"],
         show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    bpe.train_from_iterator(article_1().values(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     bpe.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 

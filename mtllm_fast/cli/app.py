@@ -101,6 +101,9 @@ def evaluate(
         str | None, typer.Option(help="System translate-test: an NLLB model, whose English the teacher reads.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Of the translations; 1 is greedy.")] = 1,
+    translations: Annotated[
+        str | None, typer.Option(help="File of translations to use and add to. (default: in the output folder)")
+    ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of ids. (default: the row number)")] = None,
     output_dir: Annotated[str, typer.Option(help="Folder of results.")] = "evaluation",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
@@ -158,6 +161,7 @@ def evaluate(
             teacher=teacher,
             translator=translator,
             num_beams=num_beams,
+            translations=translations,
             language_column=lang_column,
             id_column=id_column,
             output_dir=output_dir,

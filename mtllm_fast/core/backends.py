@@ -1,7 +1,8 @@
 """The choice of a backend for one call of an op, and the words for it.
 
 An op lists its backends, best first, each with a function that says why it cannot serve a call (None: it can).
-``auto`` takes the first that can; a backend named by the user serves or raises.
+``auto`` takes the first that can; a backend named by the user serves or raises. ``MTLLM_FAST_BACKEND`` puts a name in
+the place of ``auto``'s choice in a whole process, for the ops that have that backend.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from mtllm_fast.core.devices import triton_is_interpreted
 from mtllm_fast.core.errors import UnsupportedBackendError
+from mtllm_fast.core.settings import BACKEND
 
 WhyNot = Callable[..., "str | None"]
 
@@ -41,6 +43,22 @@ def _is_for_auto(name: str) -> bool:
     return name != "triton" or not triton_is_interpreted()
 
 
+def _preferred() -> str:
+    """What the environment has in place of ``auto``; it is read once, so that compiled models see a constant.
+
+    Raises:
+        UnsupportedBackendError: a name that no op has.
+    """
+    name = BACKEND.value()
+    if name not in _NAMES:
+        raise UnsupportedBackendError(f"{BACKEND.name} must be one of {', '.join(_NAMES)}, got {name!r}")
+    return name
+
+
+_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+_PREFERRED = _preferred()
+
+
 class Backends:
     """The backends of one op, best first.
 
@@ -60,6 +78,9 @@ class Backends:
     def choose(self, requested: str, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that serves this call; ``args`` are handed to the ``why_not`` functions."""
         if requested == "auto":
+            preferred = self.why_not.get(_PREFERRED)
+            if preferred is not None and preferred(*args, **kwargs) is None:
+                return _PREFERRED
             for name, why_not in self.why_not.items():
                 if _is_for_auto(name) and why_not(*args, **kwargs) is None:
                     return name
@@ -89,6 +110,7 @@ class Backends:
         """What ``choose`` does for the same arguments, told instead of done."""
         reasons = {name: why_not(*args, **kwargs) for name, why_not in self.why_not.items()}
         able = [name for name, reason in reasons.items() if reason is None]
-        candidates = [name for name in able if _is_for_auto(name)] if requested == "auto" else [requested]
+        fit = [name for name in able if _is_for_auto(name)]
+        candidates = ([_PREFERRED] if _PREFERRED in able else fit) if requested == "auto" else [requested]
         chosen = next((name for name in candidates if name in able), None)
         return Explanation(self.op, requested, chosen, reasons)

@@ -31,8 +31,13 @@ CPU_LEVEL = Setting(
     "instruction set of the CPU extension: baseline, avx2 or avx512; auto takes the best",
 )
 CACHE = Setting("MTLLM_FAST_CACHE", "~/.cache/mtllm_fast", "folder of generated files (the tiny checkpoint)")
+BACKEND = Setting(
+    "MTLLM_FAST_BACKEND",
+    "auto",
+    "backend that serves wherever an op has it and it can, in place of auto's choice: cuda, triton, cpu or reference",
+)
 
-SETTINGS = (CUDA, CUDA_ARCHS, CPU, CPU_LEVEL, CACHE)
+SETTINGS = (BACKEND, CUDA, CUDA_ARCHS, CPU, CPU_LEVEL, CACHE)
 
 
 def cache_dir() -> Path:

@@ -25,7 +25,6 @@ from mtllm_fast.training.runs import write_json
 logger = logging.getLogger("mtllm_fast")
 
 SCHEMA = 1
-SYSTEMS = ("mt-llm", "zero-shot", "translate-test")
 
 
 @dataclass
@@ -34,10 +33,12 @@ class EvaluateArguments:
 
     Attributes:
         data: files of labelled rows, each ``LANGUAGE=FILE``, or plain files with ``language_column``.
-        student: ``final`` of ``distill_task``: the system ``mt-llm``, which reads the texts as they are.
+        student: ``final`` of ``distill_task``, or of ``finetune`` with a stack (the system ``mt-llm``) or an encoder
+            (``encoder``): it reads the texts as they are.
         teacher: ``final`` of ``finetune``: ``zero-shot``, which reads them too.
         translator: an NLLB model: ``translate-test``, which reads English translations with the teacher.
         num_beams: of the translations; 1: greedy.
+        translations: file to keep translations in and take known ones from. (default: output_dir/translations.jsonl)
         output_dir: where ``results.json``, ``predictions-SYSTEM.jsonl`` and ``accuracy.png`` go.
     """
 
@@ -47,6 +48,7 @@ class EvaluateArguments:
     translator: str | None = None
     num_beams: int = 1
     max_new_tokens: int = 256
+    translations: str | None = None
     language_column: str | None = None
     id_column: str | None = None
     output_dir: str = "evaluation"
@@ -140,7 +142,8 @@ Predictor = Callable[[Sequence[Example], Path], None]
 def _systems(arguments: EvaluateArguments, folder: Path) -> dict[str, Predictor]:
     systems: dict[str, Predictor] = {}
     if arguments.student is not None:
-        systems["mt-llm"] = lambda examples, out: _predict(arguments, str(arguments.student), examples, out)
+        name = "encoder" if read_facts(Path(arguments.student))["kind"] == "encoder" else "mt-llm"
+        systems[name] = lambda examples, out: _predict(arguments, str(arguments.student), examples, out)
     if arguments.teacher is not None:
         systems["zero-shot"] = lambda examples, out: _predict(arguments, str(arguments.teacher), examples, out)
     if arguments.translator is not None:
@@ -150,7 +153,7 @@ def _systems(arguments: EvaluateArguments, folder: Path) -> dict[str, Predictor]
 
 def _predict(arguments: EvaluateArguments, result: str, examples: Sequence[Example], out: Path) -> None:
     loaded = load_result(result, dtype=arguments.dtype, device=arguments.device)
-    collate = TaskCollator(loaded.model.task, loaded.tokenizer, reads_languages=loaded.facts["kind"] == "stack")
+    collate = TaskCollator(loaded.model.task, loaded.tokenizer, reads_languages=loaded.facts["kind"] != "llm")
     predictions = predict(loaded.model, collate, examples, batch_tokens=arguments.batch_tokens)
     write_predictions(predictions, loaded.model.task.labels, out)
 
@@ -158,7 +161,7 @@ def _predict(arguments: EvaluateArguments, result: str, examples: Sequence[Examp
 def _translate_and_predict(arguments: EvaluateArguments, folder: Path, examples: Sequence[Example], out: Path) -> None:
     translate = Translator(
         str(arguments.translator), num_beams=arguments.num_beams, max_new_tokens=arguments.max_new_tokens,
-        cache=folder / "translations.jsonl", dtype=arguments.dtype, device=arguments.device,
+        cache=arguments.translations or folder / "translations.jsonl", dtype=arguments.dtype, device=arguments.device,
     )  # fmt: skip
     parts = [(i, text) for i, example in enumerate(examples) for text in (*example.text, *example.choices)]
     found = iter(translate([text for _, text in parts], [examples[i].language for i, _ in parts]))

@@ -89,7 +89,7 @@ def distill_task(arguments: DistillTaskArguments, trainer_arguments: TrainingArg
     set_seed(how.seed)
     stack = MTLLM.from_pretrained(arguments.model, dtype=arguments.dtype, llm_embeddings=False)
     model = student(stack, task, teacher)
-    wrapped = add_lora(model.llm, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
+    wrapped = add_lora(model.adapted, r=arguments.lora_r, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout)
     if arguments.train_up_proj:
         stack.up_proj.float().requires_grad_(True)
     collate = TaskCollator(task, stack.tokenizer, reads_languages=True)

@@ -1,4 +1,4 @@
-"""A tower and a linear head on its pooled states: the teacher (an LLM), the student (a stack), and folders of both."""
+"""A tower (an LLM, a stack, an encoder) and a linear head on its pooled states, and folders of what was trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from mtllm_fast.models.layers import to_packed_layers
 from mtllm_fast.models.plain import is_rms_norm
 from mtllm_fast.models.towers import evaluating, final_norm, run_llm, run_other_llm
 from mtllm_fast.ops.norm_pool import norm_pool
+from mtllm_fast.tasks.encoder import EncoderTower, load_encoder
 from mtllm_fast.tasks.presets import Task
+from mtllm_fast.text.tokenization import load_tokenizer
 from mtllm_fast.training.checkpoints import begin, damage, finish
 from mtllm_fast.training.trainer import whole_weights
 
@@ -47,7 +49,7 @@ class TaskModel(nn.Module):
     squared error over all elements (stage 2 of arXiv 2406.12739), and the head stays as it is.
 
     Args:
-        tower: a stack (``MTLLM``) or a decoder of ``transformers`` made bidirectional.
+        tower: a stack (``MTLLM``), a decoder of ``transformers`` made bidirectional, or an ``EncoderTower``.
     """
 
     main_input_name = "input_ids"
@@ -57,13 +59,14 @@ class TaskModel(nn.Module):
         self.tower, self.task = tower, task
         width = tower.config.hidden_size
         self.score = nn.Linear(width, task.num_scores, bias=False)
-        layers = getattr(self.llm, "layers", None)
+        layers = getattr(self.adapted, "layers", None)
         self.packed_llm = isinstance(layers, nn.ModuleList) and to_packed_layers(layers)
 
     @property
-    def llm(self) -> Any:
-        """The tower's LLM, which LoRA is put into."""
-        return self.tower.llm2vec if isinstance(self.tower, MTLLM) else self.tower
+    def adapted(self) -> Any:
+        """The part of the tower that LoRA is put into: its LLM, or the encoder that there is alone."""
+        part = _adapted_part(self.tower)
+        return getattr(self.tower, part) if part else self.tower
 
     @property
     def device(self) -> torch.device:
@@ -114,12 +117,14 @@ class TaskModel(nn.Module):
             if indices is None:
                 return self.tower.pooled(batch)
             hidden = self.tower.hidden(batch)
+        elif isinstance(self.tower, EncoderTower):
+            hidden = self.tower(ids, packed_layout(cu_seqlens, ids, max_seqlen))
         else:
             hidden, is_normed = self._llm_states(ids, cu_seqlens, max_seqlen)
-            norm: Any = getattr(self.llm, "norm", None)
+            norm: Any = getattr(self.tower, "norm", None)
             if indices is None and not is_normed and is_rms_norm(norm):
                 return norm_pool(hidden, norm.weight, cu_seqlens, eps=norm.variance_epsilon)
-            hidden = hidden if is_normed else final_norm(self.llm, hidden)
+            hidden = hidden if is_normed else final_norm(self.tower, hidden)
         if indices is None:
             return _means(hidden, cu_seqlens.long())
         assert offsets is not None
@@ -127,10 +132,16 @@ class TaskModel(nn.Module):
 
     def _llm_states(self, ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> tuple[Tensor, bool]:
         layout = packed_layout(cu_seqlens, ids, max_seqlen)
-        embedded = self.llm.get_input_embeddings()(ids)
+        embedded = self.tower.get_input_embeddings()(ids)
         if self.packed_llm:
-            return run_llm(self.llm, embedded, layout), False
-        return run_other_llm(self.llm, embedded, layout), True
+            return run_llm(self.tower, embedded, layout), False
+        return run_other_llm(self.tower, embedded, layout), True
+
+
+def _adapted_part(tower: Any) -> str:
+    if isinstance(tower, MTLLM):
+        return "llm2vec"
+    return "encoder" if isinstance(tower, EncoderTower) else ""
 
 
 def _means(rows: Tensor, offsets: Tensor) -> Tensor:
@@ -160,9 +171,10 @@ def save_result(model: TaskModel, wrapped: Any, facts: dict[str, Any], folder: P
     """``adapter/`` as PEFT writes it, ``head.safetensors`` (with ``up_proj`` if it was trained) and ``task.json``."""
     weights = whole_weights(model)
     begun = begin(folder)
-    prefix = "tower.llm2vec." if isinstance(model.tower, MTLLM) else "tower."
-    llm = {name.replace(prefix, "base_model.model.", 1): w for name, w in weights.items() if "lora_" in name}
-    wrapped.save_pretrained(str(begun / "adapter"), state_dict=llm)
+    part = _adapted_part(model.tower)
+    prefix = f"tower.{part}." if part else "tower."
+    adapter = {name.replace(prefix, "base_model.model.", 1): w for name, w in weights.items() if "lora_" in name}
+    wrapped.save_pretrained(str(begun / "adapter"), state_dict=adapter)
     head = {"score.weight": model.score.weight.detach().cpu().contiguous()}
     head |= {name: w for name, w in weights.items() if name.startswith("tower.up_proj.")}
     save_file(head, begun / "head.safetensors", metadata={"format": "pt"})
@@ -207,14 +219,9 @@ def load_result(folder: str | Path, *, dtype: Any = "auto", device: Any = None) 
     folder = Path(folder)
     facts = read_facts(folder)
     task = Task.from_dict(facts["task"])
-    if facts["kind"] == "stack":
-        tower: Any = MTLLM.from_pretrained(facts["base"], dtype=dtype, llm_embeddings=False)
-        tokenizer = tower.tokenizer
-    else:
-        tower = load_llm(facts["base"], dtype)
-        tokenizer = load_llm_tokenizer(facts["tokenizer"])
+    tower, tokenizer = load_tower(facts["kind"], facts["base"], facts["tokenizer"], dtype)
     model = TaskModel(tower, task)
-    peft.PeftModel.from_pretrained(model.llm, str(folder / "adapter"))
+    peft.PeftModel.from_pretrained(model.adapted, str(folder / "adapter"))
     weights = load_file(folder / "head.safetensors")
     found = model.load_state_dict(weights, strict=False)
     if found.unexpected_keys:
@@ -222,6 +229,16 @@ def load_result(folder: str | Path, *, dtype: Any = "auto", device: Any = None) 
     model.requires_grad_(False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(model.to(device).eval(), tokenizer, facts)
+
+
+def load_tower(kind: str, base: str, tokenizer: str | None, dtype: Any) -> tuple[Any, Any]:
+    """What a task is put on, and the tokenizer that it reads with: a ``"stack"``, an ``"llm"`` or an ``"encoder"``."""
+    if kind == "stack":
+        stack = MTLLM.from_pretrained(base, dtype=dtype, llm_embeddings=False)
+        return stack, stack.tokenizer
+    if kind == "encoder":
+        return load_encoder(base, dtype), load_tokenizer(base)
+    return load_llm(base, dtype), load_llm_tokenizer(tokenizer)
 
 
 def load_llm_tokenizer(name: str | None) -> Any:

@@ -66,7 +66,7 @@ def preembed(arguments: PreembedArguments) -> Path:
     task = Task.from_dict(read_facts(teacher)["task"])
     examples = read_examples(arguments.data, task, language=arguments.language)
     loaded = load_result(teacher, dtype=arguments.dtype, device=arguments.device or team.own_gpu)
-    collate = TaskCollator(task, loaded.tokenizer, reads_languages=loaded.facts["kind"] == "stack")
+    collate = TaskCollator(task, loaded.tokenizer, reads_languages=loaded.facts["kind"] != "llm")
     bounds = [0, *itertools.accumulate(example.units for example in examples)]
     width = loaded.model.tower.config.hidden_size
     identity = {"teacher": digest(teacher / MANIFEST), "data": digest(arguments.data), "language": arguments.language}

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mtllm_fast")
 
-# Of the LLM alone; its layers are the ones that have them.
-_LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# All linear layers of an LLM, or of a translation encoder.
+_LORA_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 
 
 def build_stack(arguments: DistillArguments) -> MTLLM:
@@ -80,14 +80,14 @@ def initialise(arguments: DistillArguments, model: MTLLM, texts: Any, tokenizers
     logger.info("%s", report)
 
 
-def add_lora(llm: Any, *, r: int, alpha: int, dropout: float) -> PeftModel:
-    """LoRA in float32 in all linear layers of an LLM, which is changed in place; PEFT's wrapper comes back."""
+def add_lora(tower: Any, *, r: int, alpha: int, dropout: float) -> PeftModel:
+    """LoRA in float32 in all linear layers of an LLM or encoder, changed in place; PEFT's wrapper comes back."""
     try:
         import peft
     except ImportError:
         raise ValueError("training needs peft: pip install 'mtllm-fast[train]'") from None
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_LORA_TARGETS)
-    wrapped = peft.get_peft_model(llm, config)
+    wrapped = peft.get_peft_model(tower, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,0 +1,104 @@
+"""``python -m benchmarks.transfer``: the whole study in one command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+from benchmarks.transfer import report
+from benchmarks.transfer.costs import classifier_cost, translate_test_cost
+from benchmarks.transfer.languages import ENGLISH, SEEN
+from benchmarks.transfer.leaks import leaks
+from benchmarks.transfer.presets import PRESETS
+from benchmarks.transfer.study import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT, Study
+from mtllm_fast.bench.facts import facts
+from mtllm_fast.core.backends import Backends
+from mtllm_fast.core.settings import BACKEND
+from mtllm_fast.training.runs import write_json
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """How often each backend of each op was chosen within."""
+    chosen: Counter[str] = Counter()
+    choose = Backends.choose
+
+    def counted(self: Backends, *args: Any, **kwargs: Any) -> str:
+        name = choose(self, *args, **kwargs)
+        chosen[f"{self.op}: {name}"] += 1
+        return name
+
+    Backends.choose = counted  # type: ignore[method-assign]
+    try:
+        yield chosen
+    finally:
+        Backends.choose = choose  # type: ignore[method-assign]
+
+
+def costs_of(study: Study) -> dict[str, dict[str, Any]]:
+    """Of each task and main system, on rows of the first language that the MT model knows well."""
+    language, seed, found = SEEN[0], study.preset.seeds[0], {}
+    for task in study.tasks():
+        folder, rows = study.root / f"seed-{seed}" / task.name, study.rows(task, f"test-{language.name}")
+        teacher, mt = str(folder / "teacher" / "final"), str(study.root / "mt")
+        found[task.name] = {
+            MT_LLM: classifier_cost(str(folder / "student-both" / "final"), rows, language.code),
+            BEAM: translate_test_cost(teacher, mt, rows, language.code, 4),
+            GREEDY: translate_test_cost(teacher, mt, rows, language.code, 1),
+            ENCODER: classifier_cost(str(folder / "encoder" / "final"), rows, language.code),
+            ZERO_SHOT: classifier_cost(teacher, rows, language.code),
+        }
+    return found
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"How large: {', '.join(PRESETS)}.")] = "micro",
+    output_dir: Annotated[Path, typer.Option(help="Folder of everything; a killed run goes on in it.")] = Path(
+        "transfer"
+    ),
+) -> None:
+    """Make a world and its models, run every system, and write OUTPUT_DIR/report.json, report.md and two plots."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, got {preset!r}", param_hint="--preset")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    study, start = Study(output_dir, PRESETS[preset]), time.perf_counter()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    study.claim()
+    with counting() as chosen:
+        records = study.run()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the commands choose
+    spent = study.spend(time.perf_counter() - start)
+    record = {
+        "schema": 1, "benchmark": "transfer", "preset": preset, "paragraphs": study.preset.paragraphs, **facts(device),
+        "chance": {task.name: task.chance for task in study.tasks()}, "seconds": spent,
+        "backend": BACKEND.value(), "backends": dict(sorted(chosen.items())), "mt": study.mt_quality(),
+        "leaks": {
+            task.name: leaks(task, Path(study.rows(task, "train")), Path(study.rows(task, f"test-{ENGLISH.name}")))
+            for task in study.tasks()
+        },
+        "accuracy": report.summarise(records), "costs": costs_of(study),
+    }  # fmt: skip
+    write_json(output_dir / "report.json", record)
+    write_json(output_dir / "records.json", records)
+    lines = report.table(record)
+    (output_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    report.plot_data(record, output_dir / "data.png")
+    report.plot_costs(record, output_dir / "costs.png")
+    print("\n".join(lines))
+    print(json.dumps({"leaks": record["leaks"], "mt": record["mt"], "seconds": spent}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

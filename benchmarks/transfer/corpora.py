@@ -1,0 +1,84 @@
+"""Texts for pretraining: parallel paragraphs in all languages, and English documents that also tell what is what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from benchmarks.transfer import english
+from benchmarks.transfer.languages import AnyLanguage
+from benchmarks.transfer.world import GOOD, PEOPLE, Event, Meaning, Sampler, narrower, question_of
+
+
+def parallel(count: int, seed: str) -> list[tuple[Meaning, ...]]:
+    """Paragraphs of meanings: a quarter of two to four sentences, the rest of one."""
+    sampler = Sampler(f"{seed} parallel")
+    draw = sampler.random
+    several = (draw.choice((2, 3, 4)) if draw.random() < 0.25 else 1 for _ in range(count))
+    return [tuple(sampler.any(in_text=sentences > 1) for _ in range(sentences)) for sentences in several]
+
+
+def say_all(paragraph: tuple[Meaning, ...], language: AnyLanguage, draw: random.Random) -> str:
+    """A paragraph in a language."""
+    return " ".join(language.say(meaning, draw) for meaning in paragraph)
+
+
+def documents(count: int, seed: str) -> Iterator[str]:
+    """English documents of two to five sentences: happenings and what follows from them, opinions and what people felt,
+    questions with their answers, facts, and whatever else is said."""
+    sampler = Sampler(f"{seed} documents")
+    kinds = (_facts, _consequences, _feelings, _answers, _anything)
+    for _ in range(count):
+        yield " ".join(sampler.random.choice(kinds)(sampler))
+
+
+def _facts(sampler: Sampler) -> list[str]:
+    return [english.fact(sampler.random) for _ in range(sampler.random.choice((2, 3, 4)))]
+
+
+def _consequences(sampler: Sampler) -> list[str]:
+    """Something happened, so what is more general happened; or did not happen, so what is more special did not."""
+    draw, texts = sampler.random, []
+    for _ in range(draw.choice((1, 2))):
+        wide = sampler.event()
+        wide = Event(wide.person, wide.verb, wide.noun, wide.place)
+        narrow = narrower(wide, draw, sampler)
+        for event in (narrow, wide) if draw.random() < 0.5 else (_denied(wide), _denied(narrow)):
+            texts.append(english.say(event, draw))
+        texts[-1] = f"so {texts[-1]}"
+    return texts
+
+
+def _denied(event: Event) -> Event:
+    return Event(event.person, event.verb, event.noun, event.place, positive=False)
+
+
+def _feelings(sampler: Sampler) -> list[str]:
+    draw, opinion = sampler.random, sampler.opinion()
+    felt = draw.choice(("happy", "glad", "pleased") if opinion.favourable else ("angry", "sad", "upset"))
+    person = draw.choice(PEOPLE)
+    texts = [f"{english.say(opinion, draw)[:-1]}, so {person} was {felt}."]
+    both = sampler.joined()
+    if both.first.favourable == both.second.favourable:
+        felt = draw.choice(("happy", "glad", "pleased") if both.first.favourable else ("angry", "sad", "upset"))
+    else:
+        felt = draw.choice(("unsure", "undecided"))
+    texts.append(f"{english.say(both, draw)[:-1]}, so {draw.choice(PEOPLE)} was {felt}.")
+    alike = (opinion.adjective in GOOD) == opinion.favourable
+    return texts if alike or draw.random() < 0.5 else texts[::-1]
+
+
+def _answers(sampler: Sampler) -> list[str]:
+    draw = sampler.random
+    events = [sampler.event() for _ in range(draw.choice((2, 3)))]
+    told = [Event(e.person, e.verb, e.noun, e.place or draw.choice(sampler.places)) for e in events]
+    told = list({event.person: event for event in told}.values())
+    event, asks = draw.choice(told), draw.choice(("who", "what", "where"))
+    question = english.say(question_of(event, asks), draw)
+    answer = {"who": event.person, "what": event.noun, "where": english.where(str(event.place))}[asks]
+    return [*(english.say(one, draw) for one in told), question, f"{answer}."]
+
+
+def _anything(sampler: Sampler) -> list[str]:
+    sentences = sampler.random.choice((1, 2, 3))
+    return [english.say(sampler.any(in_text=sentences > 1), sampler.random) for _ in range(sentences)]

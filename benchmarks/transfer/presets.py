@@ -1,0 +1,65 @@
+"""How large the world's texts and models are, and how long they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes.
+
+    Attributes:
+        paragraphs: of parallel text of the richest language; documents: of English for the LLM, and again for stage 1.
+        mt_width, mt_layers, llm_width, llm_layers: of each of the MT model's towers, and of the LLM.
+        mt_steps, clm_steps, mntp_steps, simcse_steps: of pretraining; mt_batch, llm_batch: texts of a step.
+        distill_steps: of stage 1, of 32 documents each.
+        train_rows, dev_rows, test_rows: of each task.
+        epochs: of fine-tuning and of stage 2, by task.
+        tasks, seeds: which; a seed is that of stages 1 and 2. The models that they start from are made once.
+        ablations: the tasks for which parts of the recipe are left out in turn.
+    """
+
+    name: str
+    paragraphs: int
+    documents: int
+    mt_width: int
+    mt_layers: int
+    llm_width: int
+    llm_layers: int
+    mt_steps: int
+    clm_steps: int
+    mntp_steps: int
+    simcse_steps: int
+    distill_steps: int
+    train_rows: int
+    test_rows: int
+    epochs: dict[str, int]
+    seeds: tuple[int, ...]
+    tasks: tuple[str, ...] = ("inference", "sentiment", "reading")
+    ablations: tuple[str, ...] = ("inference",)
+    dev_rows: int = 150
+    mt_batch: int = 64
+    llm_batch: int = 32
+    mt_learning_rate: float = 1e-3
+    llm_learning_rate: float = 2e-3
+
+
+PRESETS = {
+    "micro": Preset(
+        "micro", paragraphs=2000, documents=2000, mt_width=64, mt_layers=2, llm_width=64, llm_layers=2, mt_steps=600,
+        clm_steps=300, mntp_steps=60, simcse_steps=20, distill_steps=60, train_rows=900, test_rows=90,
+        epochs={"sentiment": 6}, seeds=(1,), tasks=("sentiment",), ablations=(),
+    ),
+    "mini": Preset(
+        "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=3, llm_width=128, llm_layers=4, mt_steps=5000,
+        clm_steps=2500, mntp_steps=500, simcse_steps=100, distill_steps=400, train_rows=3000, test_rows=300,
+        epochs={"inference": 6, "sentiment": 4, "reading": 5}, seeds=(1, 2, 3),
+    ),
+    "gpu": Preset(
+        "gpu", paragraphs=20000, documents=30000, mt_width=256, mt_layers=4, llm_width=256, llm_layers=6,
+        mt_steps=6000, clm_steps=4000, mntp_steps=800, simcse_steps=200, distill_steps=800, train_rows=9000,
+        test_rows=600, epochs={"inference": 4, "sentiment": 2, "reading": 4}, seeds=(1, 2, 3),
+        ablations=("inference", "sentiment", "reading"), mt_batch=128, llm_batch=64,
+    ),
+}  # fmt: skip

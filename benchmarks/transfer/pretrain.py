@@ -1,0 +1,256 @@
+"""The models that a stack is made of, from nothing: an MT model, and an LLM made an encoder the LLM2Vec way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from benchmarks.transfer import corpora
+from benchmarks.transfer.languages import ENGLISH, SEEN, AnyLanguage
+from benchmarks.transfer.presets import Preset
+from benchmarks.transfer.world import Meaning
+from mtllm_fast.text.tokenization import tokenize
+from mtllm_fast.tiny import llama_tokenizer, nllb_tokenizer
+from mtllm_fast.training.checkpoints import begin, finish
+from mtllm_fast.training.prepare import prepare_llm
+from mtllm_fast.training.runs import write_json
+from mtllm_fast.training.stacks import add_lora
+
+_MT_VOCABULARY, _LLM_VOCABULARY = 4000, 1200
+_MASKED = 0.2  # of the tokens, as LLM2Vec's recipe for Llama
+
+
+class Batches(Dataset[Any]):
+    """Batches that are drawn beforehand; the Trainer takes one per step."""
+
+    def __init__(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.batches[index]
+
+
+def train(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], folder: Path, *, learning_rate: float, **more: Any
+) -> list[dict[str, Any]]:
+    """``transformers.Trainer`` on batches, one step each; its log comes back."""
+    how = TrainingArguments(
+        output_dir=str(folder), max_steps=len(batches), per_device_train_batch_size=1, learning_rate=learning_rate,
+        warmup_steps=0.05, lr_scheduler_type="linear", weight_decay=0.01, save_strategy="no", report_to="none",
+        logging_steps=max(1, len(batches) // 50), disable_tqdm=True, remove_unused_columns=False, seed=1, **more,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=how, train_dataset=Batches(batches), data_collator=lambda rows: rows[0])
+    trainer.train()
+    return list(trainer.state.log_history)
+
+
+def parallel_texts(paragraphs: Sequence[tuple[Meaning, ...]]) -> dict[str, list[str]]:
+    """Of English and each language that the MT model sees: the first paragraphs, as many as it has."""
+    texts = {}
+    every: tuple[AnyLanguage, ...] = (ENGLISH, *SEEN)
+    for language in every:
+        draw = random.Random(f"parallel text in {language.name}")
+        own = paragraphs[: int(language.parallel * len(paragraphs))]
+        texts[language.code] = [corpora.say_all(paragraph, language, draw) for paragraph in own]
+    return texts
+
+
+def _translations(texts: dict[str, list[str]], count: int, draw: random.Random) -> Iterator[tuple[str, str, int]]:
+    """Source, target and number of a paragraph; more of the small languages than there is text of them."""
+    names = [name for name in texts if name != ENGLISH.code]
+    weights = [len(texts[name]) ** 0.5 for name in names]
+    for _ in range(count):
+        one, other = draw.choices(names, weights, k=2)
+        pick = draw.random()
+        source, target = (one, ENGLISH.code) if pick < 0.45 else (ENGLISH.code, one) if pick < 0.75 else (one, other)
+        yield source, target, draw.randrange(min(len(texts[source]), len(texts[target])))
+
+
+def train_mt(folder: Path, preset: Preset, seed: str) -> None:
+    """``folder``: an NLLB-like model with its tokenizer, many-to-many on the parallel texts."""
+    set_seed(1)
+    texts = parallel_texts(corpora.parallel(preset.paragraphs, seed))
+    tokenizer = nllb_tokenizer((text for own in texts.values() for text in own), _MT_VOCABULARY)
+    config = M2M100Config(
+        vocab_size=len(tokenizer), d_model=preset.mt_width, encoder_layers=preset.mt_layers,
+        decoder_layers=preset.mt_layers, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=4 * preset.mt_width, decoder_ffn_dim=4 * preset.mt_width, max_position_embeddings=512,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0, dropout=0.1, attention_dropout=0.0, scale_embedding=True,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    ids = {name: _ids(tokenizer, own, name) for name, own in texts.items()}
+    drawn = list(_translations(texts, preset.mt_steps * preset.mt_batch, random.Random(f"{seed} directions")))
+    lengths = [len(ids[source][number]) + len(ids[target][number]) for source, target, number in drawn]
+    batches = []
+    for chosen in _like_lengths(lengths, preset.mt_batch, random.Random(f"{seed} batches")):
+        sources, targets = zip(
+            *((ids[drawn[i][0]][drawn[i][2]], ids[drawn[i][1]][drawn[i][2]]) for i in chosen), strict=True
+        )
+        batches.append(_seq2seq(sources, targets, config))
+    model = M2M100ForConditionalGeneration(config)
+    model.generation_config.max_length = 512
+    log = train(
+        model, batches, folder, learning_rate=preset.mt_learning_rate, label_smoothing_factor=0.1, adam_beta2=0.98
+    )
+    begun = begin(folder)
+    model.save_pretrained(begun)
+    tokenizer.save_pretrained(begun)
+    write_json(begun / "log.json", log)
+    finish(folder)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str], language: str) -> list[Tensor]:
+    found = tokenize(tokenizer, texts, [language] * len(texts), 512)
+    return list(torch.from_numpy(found.ids).split(found.lengths.tolist()))
+
+
+def _like_lengths(lengths: Sequence[int], size: int, draw: random.Random) -> list[list[int]]:
+    """Batches of texts of like length, in random order; each pool of 50 batches is sorted for itself."""
+    batches = []
+    for start in range(0, len(lengths), 50 * size):
+        pool = sorted(range(start, min(start + 50 * size, len(lengths))), key=lambda i: lengths[i])
+        own = [pool[i : i + size] for i in range(0, len(pool), size)]
+        draw.shuffle(own)
+        batches += own
+    return batches
+
+
+def _seq2seq(sources: Sequence[Tensor], targets: Sequence[Tensor], config: Any) -> dict[str, Tensor]:
+    """The decoder reads ``</s> [language] words`` and says ``[language] words </s>``."""
+    ids = pad_sequence(list(sources), batch_first=True, padding_value=config.pad_token_id)
+    starts = [torch.cat([target.new_tensor([config.decoder_start_token_id]), target[:-1]]) for target in targets]
+    return {
+        "input_ids": ids, "attention_mask": (ids != config.pad_token_id).long(),
+        "decoder_input_ids": pad_sequence(starts, batch_first=True, padding_value=config.pad_token_id),
+        "labels": pad_sequence(list(targets), batch_first=True, padding_value=-100),
+    }  # fmt: skip
+
+
+def train_llm(folder: Path, preset: Preset, seed: str) -> None:
+    """``folder``: a Llama trained on English alone, made bidirectional: causal, masked, then contrastive (LLM2Vec,
+    arXiv 2404.05961). The last two are LoRA, which ``prepare-llm`` merges."""
+    set_seed(2)
+    texts = list(corpora.documents(preset.documents, seed))
+    parts = folder.with_name(f"{folder.name}-parts")
+    tokenizer = llama_tokenizer(texts, _LLM_VOCABULARY)
+    tokenizer.pad_token = tokenizer.eos_token
+    ids = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=preset.llm_width, intermediate_size=3 * preset.llm_width,
+        num_hidden_layers=preset.llm_layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    draw = random.Random(f"{seed} order of documents")
+    batches = list(_drawn(ids, preset.clm_steps, preset.llm_batch, draw, _causal))
+    log = train(model, batches, parts, learning_rate=preset.llm_learning_rate, adam_beta2=0.98)
+    base = parts / "causal"
+    begun = begin(base)
+    model.save_pretrained(begun)
+    tokenizer.save_pretrained(begun)
+    finish(base)
+    log += _train_adapter(
+        parts / "mntp",
+        str(base),
+        AutoModelForCausalLM,
+        _drawn(ids, preset.mntp_steps, preset.llm_batch, draw, _masked_with(draw)),
+        preset,
+    )
+    prepare_llm(base, [parts / "mntp"], parts / "masked", overwrite=True)
+    log += _train_adapter(
+        parts / "simcse",
+        str(parts / "masked"),
+        AutoModel,
+        _drawn(ids, preset.simcse_steps, 2 * preset.llm_batch, draw, _causal),
+        preset,
+        contrastive=True,
+    )
+    prepare_llm(base, [parts / "mntp", parts / "simcse"], folder, overwrite=True)
+    write_json(parts / "log.json", log)
+
+
+Collate = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
+
+def _drawn(
+    ids: Sequence[Tensor], steps: int, size: int, draw: random.Random, collate: Collate
+) -> Iterator[dict[str, Tensor]]:
+    chosen = [draw.randrange(len(ids)) for _ in range(steps * size)]
+    for batch in _like_lengths([len(ids[i]) for i in chosen], size, draw):
+        yield collate([ids[chosen[i]] for i in batch])
+
+
+def _causal(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=2)
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def _masked_with(draw: random.Random) -> Collate:
+    """A fifth of the tokens is hidden (by ``<unk>``) and said by the state of the token before, as MNTP has it."""
+
+    def collate(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+        batch, random_ = _causal(rows), torch.Generator().manual_seed(draw.randrange(2**31))
+        hidden = torch.rand(batch["input_ids"].shape, generator=random_) < _MASKED
+        hidden[:, 0] = False
+        batch["labels"] = batch["labels"].masked_fill(~hidden, -100)
+        batch["input_ids"] = batch["input_ids"].masked_fill(hidden & (batch["attention_mask"] == 1), 0)
+        return batch
+
+    return collate
+
+
+class Contrastive(nn.Module):
+    """SimCSE: two passes with dropout over one text are alike, those over others in the batch are not."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        views = []
+        for _ in range(2):
+            hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            weights = attention_mask[..., None].to(hidden)
+            views.append(F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1))
+        scores = views[0] @ views[1].T / 0.05
+        return {"loss": F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))}
+
+
+def _train_adapter(
+    folder: Path, base: str, model_class: Any, batches: Iterator[dict[str, Tensor]], preset: Preset,
+    contrastive: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """LoRA on a bidirectional ``base``, written to ``folder`` as PEFT does."""
+    config = LlamaConfig.from_pretrained(base)
+    config.is_causal, config.attention_dropout = False, 0.1 if contrastive else 0.0
+    decoder = model_class.from_pretrained(base, config=config)
+    wrapped = add_lora(decoder, r=32, alpha=64, dropout=0.1 if contrastive else 0.0)
+    model = Contrastive(wrapped) if contrastive else wrapped
+    rate = preset.llm_learning_rate / (10 if contrastive else 1)
+    log = train(model, list(batches), folder.with_name(f"{folder.name}-run"), learning_rate=rate)
+    wrapped.save_pretrained(str(folder))
+    return log

@@ -1,0 +1,288 @@
+"""The study: a world's data, its models, every system on every task, by the project's own commands.
+
+Everything is a folder that has its name when it is complete, so that a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.transfer import corpora, english, pretrain
+from benchmarks.transfer.languages import ENGLISH, LANGUAGES, SEEN, UNSEEN
+from benchmarks.transfer.presets import Preset
+from benchmarks.transfer.tasks import TASKS, WorldTask, items_of, rows_of, write_rows
+from mtllm_fast import (
+    MTLLM,
+    DistillArguments,
+    DistillTaskArguments,
+    EvaluateArguments,
+    FinetuneArguments,
+    PreembedArguments,
+    distill,
+    distill_task,
+    evaluate,
+    finetune,
+    init_up_proj_least_squares,
+    preembed,
+    task_training_arguments,
+    training_arguments,
+)
+from mtllm_fast.core.settings import BACKEND
+from mtllm_fast.evaluation.translate import Translator
+from mtllm_fast.training.checkpoints import begin, finish
+from mtllm_fast.training.runs import write_json
+
+logger = logging.getLogger("mtllm_fast")
+
+WORLD = "world-1"  # the seed of everything that all seeds share: data, MT model, LLM
+# Stage 1: what differs from both losses, from least squares.
+STAGE_1 = {
+    "both": {},
+    "sequence": {"sequence_weight": 1.0, "span_weight": 0.0},
+    "span": {"sequence_weight": 0.0, "span_weight": 1.0},
+    "random": {"up_proj_init": "random"},
+}
+ZERO_SHOT, GREEDY, BEAM = "zero-shot LLM", "translate-test, greedy", "translate-test, beam 4"
+ENCODER, MT_LLM, STAGE_1_ONLY = "MT encoder alone", "MT-LLM", "MT-LLM, stage 1 only (labels)"
+ABLATIONS = {
+    "sequence": "MT-LLM, sequence loss", "span": "MT-LLM, span loss", "random": "MT-LLM, random up_proj",
+    "none": "MT-LLM, stage 2 only",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A call of ``evaluate``: its folder's name, the models, and what the study calls each of its systems."""
+
+    name: str
+    models: dict[str, Any]
+    systems: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where everything lies, and how large it is."""
+
+    root: Path
+    preset: Preset
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make whatever is missing; a record per seed, task, system and language."""
+        self.make_data()
+        self.make_models()
+        return [record for seed in self.preset.seeds for record in self.run_seed(seed)]
+
+    def claim(self) -> None:
+        """Take the folder.
+
+        Raises:
+            FileExistsError: it holds a study of other sizes, or with other backends.
+        """
+        settings = {"preset": json.loads(json.dumps(asdict(self.preset))), "world": WORLD, "backend": BACKEND.value()}
+        file = self.root / "study.json"
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+            raise FileExistsError(f"{self.root} holds another study: choose another output_dir")
+        write_json(file, settings)
+
+    def spend(self, seconds: float) -> float:
+        """Add to what the runs in this folder took; a run that was killed is not in it."""
+        file = self.root / "seconds.json"
+        total = seconds + (json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0.0)
+        write_json(file, total)
+        return total
+
+    def mt_quality(self, count: int = 60) -> dict[str, float]:
+        """Of each language that the MT model saw: the share of sentences whose translation is one of the wordings that
+        English has for it; sentences that are in no training text."""
+        known = {repr(paragraph) for paragraph in corpora.parallel(self.preset.paragraphs, WORLD)}
+        new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and repr(p) not in known)
+        sentences = list(itertools.islice(new, count))
+        translate = Translator(str(self.root / "mt"), max_new_tokens=160)
+        quality = {}
+        for language in SEEN:
+            draw = random.Random(f"{WORLD} held out {language.name}")
+            said = translate([language.say(p[0], draw) for p in sentences], [language.code] * len(sentences))
+            wordings = [{english.say(p[0], draw) for _ in range(40)} for p in sentences]
+            quality[language.name] = sum(s in w for s, w in zip(said, wordings, strict=True)) / len(sentences)
+        return quality
+
+    def tasks(self) -> Iterable[WorldTask]:
+        return (TASKS[name] for name in self.preset.tasks)
+
+    def rows(self, task: WorldTask, split: str) -> str:
+        return str(self.root / "data" / task.name / f"{split}.jsonl")
+
+    def make_data(self) -> None:
+        """English documents for stage 1, and each task's rows: English ones to learn from, the same tests in all."""
+
+        def make(folder: Path) -> None:
+            documents = corpora.documents(self.preset.documents, f"{WORLD} stage 1")
+            (folder / "documents.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
+            for task in TASKS.values():
+                (folder / task.name).mkdir()
+                train = items_of(task, "train", self.preset.train_rows, WORLD)
+                dev = items_of(task, "dev", self.preset.dev_rows, WORLD, train)
+                test = items_of(task, "test", self.preset.test_rows, WORLD, [*train, *dev])
+                for split, items in (("train", train), ("dev", dev), (f"test-{ENGLISH.name}", test)):
+                    rows = rows_of(task, items, ENGLISH, f"{WORLD} {split}")
+                    write_rows(folder / task.name / f"{split}.jsonl", rows)
+                for language in LANGUAGES:
+                    rows = rows_of(task, test, language, f"{WORLD} test")
+                    write_rows(folder / task.name / f"test-{language.name}.jsonl", rows)
+
+        self._once("data", make)
+
+    def make_models(self) -> None:
+        """The MT model and the LLM."""
+        self._timed("mt", lambda folder: pretrain.train_mt(folder, self.preset, WORLD))
+        self._timed("llm", lambda folder: pretrain.train_llm(folder, self.preset, WORLD))
+
+    def run_seed(self, seed: int) -> list[dict[str, Any]]:
+        """Stage 1, then each task's systems."""
+        records: list[dict[str, Any]] = []
+        ablated = [name for name in self.preset.tasks if name in self.preset.ablations]
+        for name in STAGE_1 if ablated else ("both",):
+            self._stage_1(seed, name)
+        if ablated:
+            self._least_squares_alone(seed)
+        for task in self.tasks():
+            for run in self._runs(seed, task):
+                records += self._evaluate(seed, task, run)
+        return records
+
+    # Stage 1
+
+    def _stack(self, seed: int, name: str) -> Path:
+        return self.root / f"seed-{seed}" / "stage-1" / name
+
+    def _stage_1(self, seed: int, name: str) -> None:
+        folder = self._stack(seed, name)
+        if (folder / "merged" / "manifest.json").exists():
+            return
+        arguments = DistillArguments(
+            encoder=str(self.root / "mt"), llm=str(self.root / "llm"), data=[str(self.root / "data" / "documents.txt")],
+            preset="span", documents_per_batch=32, max_length=256, shuffle=True, merge=True,
+            **STAGE_1[name],  # type: ignore[arg-type]
+        )  # fmt: skip
+        how = training_arguments(
+            arguments, folder, max_steps=self.preset.distill_steps, learning_rate=2e-3, save_strategy="no", seed=seed,
+            logging_steps=20, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        distill(arguments, how)
+
+    def _least_squares_alone(self, seed: int) -> None:
+        """A stack before stage 1, which stage 2 alone starts from."""
+
+        def make(folder: Path) -> None:
+            from transformers import AutoTokenizer
+
+            stack = MTLLM.from_encoder_and_llm(str(self.root / "mt"), str(self.root / "llm"), seed=seed)
+            texts = (self.root / "data" / "documents.txt").read_text(encoding="utf-8").splitlines()[:1024]
+            tokenizer = AutoTokenizer.from_pretrained(str(self.root / "llm"))
+            init_up_proj_least_squares(stack, texts, llm_tokenizer=tokenizer)
+            stack.save_pretrained(folder)
+            stack.tokenizer.save_pretrained(folder)
+
+        self._once(f"seed-{seed}/stage-1/none/merged", make)
+
+    # Stage 2
+
+    def _runs(self, seed: int, task: WorldTask) -> Iterator[Run]:
+        """Train every system of a task; what ``evaluate`` needs to know of it."""
+        folder = self.root / f"seed-{seed}" / task.name
+        teacher, mt = self._finetune(seed, task, folder / "teacher", llm=str(self.root / "llm")), str(self.root / "mt")
+        names = {"zero-shot": ZERO_SHOT, "translate-test": GREEDY}
+        yield Run("teacher", {"teacher": teacher, "translator": mt}, names)
+        yield Run("beams", {"teacher": teacher, "translator": mt, "num_beams": 4}, {"translate-test": BEAM})
+        encoder = self._finetune(seed, task, folder / "encoder", encoder=mt)
+        yield Run("encoder", {"student": encoder}, {"encoder": ENCODER})
+        yield Run("both", {"student": self._distill_task(seed, task, folder, "both")}, {"mt-llm": MT_LLM})
+        if task.name in self.preset.ablations:
+            for stage_1, system in ABLATIONS.items():
+                yield Run(stage_1, {"student": self._distill_task(seed, task, folder, stage_1)}, {"mt-llm": system})
+            stack = str(self._stack(seed, "both") / "merged")
+            labels = self._finetune(seed, task, folder / "labels", model=stack)
+            yield Run("labels", {"student": labels}, {"mt-llm": STAGE_1_ONLY})
+
+    def _how(self, seed: int, task: Any, folder: Path, name: str) -> Any:
+        return task_training_arguments(
+            task, folder, dev=False, num_train_epochs=self.preset.epochs[name], learning_rate=2e-3, seed=seed,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+
+    def _finetune(self, seed: int, task: WorldTask, folder: Path, **base: str) -> str:
+        if not (folder / "final" / "manifest.json").exists():
+            arguments = FinetuneArguments(
+                task=task.preset, train=self.rows(task, "train"), dev=self.rows(task, "dev"), **base  # type: ignore[arg-type]
+            )  # fmt: skip
+            finetune(arguments, self._how(seed, arguments.resolve(), folder, task.name))
+        return str(folder / "final")
+
+    def _distill_task(self, seed: int, task: WorldTask, folder: Path, stage_1: str) -> str:
+        out, states = folder / f"student-{stage_1}", folder / "states.safetensors"
+        if not (out / "final" / "manifest.json").exists():
+            teacher, train = str(folder / "teacher" / "final"), self.rows(task, "train")
+            if not states.exists():
+                preembed(PreembedArguments(teacher=teacher, data=train, out=str(states)))
+            arguments = DistillTaskArguments(
+                model=str(self._stack(seed, stage_1) / "merged"), teacher=teacher, states=str(states), train=train,
+                dev=self.rows(task, "dev"),
+            )  # fmt: skip
+            resolved = FinetuneArguments(task=task.preset).resolve()
+            distill_task(arguments, self._how(seed, resolved, out, task.name))
+        return str(out / "final")
+
+    # Evaluation
+
+    def _evaluate(self, seed: int, task: WorldTask, run: Run) -> Iterator[dict[str, Any]]:
+        """A record per system and language. A language that the MT model never saw is read under a relative's code."""
+        groups: dict[str, dict[str, str]] = {
+            "seen": {ENGLISH.code: ENGLISH.name, **{language.code: language.name for language in SEEN}},
+            "unseen": {str(language.read_as): language.name for language in UNSEEN},
+        }
+        for group, names in groups.items():
+            folder = self.root / f"seed-{seed}" / task.name / "evaluation" / f"{run.name}-{group}"
+            result = self._results(folder, task, names, run.models)
+            for name, system in run.systems.items():
+                for code, language in names.items():
+                    score = result["systems"][name]["languages"][code]
+                    yield {
+                        "seed": seed, "task": task.name, "system": system, "language": language,
+                        "accuracy": score["accuracy"], "rows": score["count"],
+                    }  # fmt: skip
+
+    def _results(self, folder: Path, task: WorldTask, names: dict[str, str], models: dict[str, Any]) -> Any:
+        if not (folder / "results.json").exists():
+            data = [f"{code}={self.rows(task, f'test-{name}')}" for code, name in names.items()]
+            translations = str(self.root / f"translations-{task.name}.jsonl")  # a key has all that they depend on
+            evaluate(
+                EvaluateArguments(data, output_dir=str(folder), max_new_tokens=160, translations=translations, **models)
+            )
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+    # Folders
+
+    def _once(self, name: str, make: Callable[[Path], None]) -> None:
+        folder = self.root / name
+        if (folder / "manifest.json").exists():
+            return
+        make(begin(folder))
+        finish(folder)
+
+    def _timed(self, name: str, make: Callable[[Path], None]) -> None:
+        """Of a step that finishes its folder itself."""
+        folder = self.root / name
+        if (folder / "manifest.json").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        make(folder)
+        logger.info("%s: %.0f s", name, time.perf_counter() - start)

@@ -1,0 +1,190 @@
+"""Three tasks after the paper's: inference on pairs, the sentiment of reviews, reading with four choices.
+
+Rows are drawn label by label from one distribution, so that neither sentence of a pair, no single word and no length
+tells the label; ``leaks.py`` measures it. Rows to learn from are in English and know only some of the world's words.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.transfer.corpora import say_all
+from benchmarks.transfer.languages import AnyLanguage
+from benchmarks.transfer.world import (
+    ALL_VERBS,
+    KINDS,
+    PARENT,
+    PEOPLE,
+    PLACES,
+    VERBS,
+    Event,
+    Meaning,
+    Phrase,
+    Sampler,
+    is_a,
+    narrower,
+    question_of,
+    relation,
+    sentiment,
+    wider,
+)
+
+INFERENCE_LABELS = ("entailment", "neutral", "contradiction")
+SENTIMENT_LABELS = ("negative", "neutral", "positive")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row apart from any language: its texts by column, each a paragraph of meanings, and its label."""
+
+    texts: dict[str, tuple[Meaning, ...]]
+    label: str
+
+    @property
+    def key(self) -> str:
+        """What it means, for telling rows apart."""
+        return repr(sorted(self.texts.items()))
+
+
+@dataclass(frozen=True)
+class WorldTask:
+    """``preset``: the one of ``mtllm_fast`` whose columns the rows have; ``draw``: an item of each label, or one."""
+
+    name: str
+    preset: str
+    label_column: str
+    draw: Callable[[Sampler], list[Item]]
+    chance: float
+
+
+def inference(sampler: Sampler) -> list[Item]:
+    """Three pairs with one hypothesis; the premises come from one distribution too, given what they deny."""
+    hypothesis, items = _hypothesis(sampler), []
+    for label in INFERENCE_LABELS:
+        premise = _premise(hypothesis, label, sampler)
+        assert relation(premise, hypothesis) == label
+        items.append(Item({"premise": (premise,), "hypothesis": (hypothesis,)}, label))
+    return items
+
+
+def _hypothesis(sampler: Sampler) -> Event:
+    """Of middling generality, so that premises can be more special and more general."""
+    draw = sampler.random
+    place = draw.choice((*sampler.places, *PLACES)) if draw.random() < 0.5 else None
+    kinds = tuple(KINDS)
+    return Event(
+        draw.choice(PEOPLE), draw.choice(ALL_VERBS), draw.choice(kinds), place, positive=draw.random() < 0.5
+    )  # fmt: skip
+
+
+def _premise(hypothesis: Event, label: str, sampler: Sampler) -> Event:
+    """More special than the hypothesis if affirmed, more general if denied; a neutral one has another part."""
+    draw = sampler.random
+    positive = {"entailment": hypothesis.positive, "contradiction": not hypothesis.positive}.get(
+        label, draw.random() < 0.5
+    )
+    about = replace(hypothesis, positive=positive)
+    if label == "neutral":
+        about = _other(about, sampler)
+    return narrower(about, draw, sampler) if positive else wider(about, draw)
+
+
+def _other(event: Event, sampler: Sampler) -> Event:
+    """An event with another person, thing, action or place, which says nothing of the first."""
+    draw = sampler.random
+    parts = ["person", "noun", "verb"] + (["place"] if event.place is not None else [])
+    part = draw.choice(parts)
+    if part == "person":
+        return replace(event, person=draw.choice([p for p in PEOPLE if p != event.person]))
+    if part == "noun":
+        others = [k for k in KINDS if PARENT[k] != PARENT[event.noun]]
+        return replace(event, noun=draw.choice(others))
+    if part == "verb":
+        root = PARENT.get(event.verb, event.verb)
+        verbs = tuple(VERBS) if event.verb in VERBS else tuple(v for own in VERBS.values() for v in own)
+        return replace(event, verb=draw.choice([v for v in verbs if not is_a(v, root)]))
+    region = PARENT.get(str(event.place), str(event.place))
+    places = tuple(PLACES) if event.place in PLACES else sampler.places
+    # A denied event that is made more general may lose its place, and would deny the hypothesis too.
+    other = replace(event, place=draw.choice([p for p in places if not is_a(p, region)]))
+    return other if event.positive else replace(other, person=draw.choice([p for p in PEOPLE if p != event.person]))
+
+
+def reviews(sampler: Sampler) -> list[Item]:
+    """Two opinions each: both good, both bad, or one of each."""
+    signs = {"negative": (False, False), "positive": (True, True)}
+    first = sampler.random.random() < 0.5
+    items = []
+    for label in SENTIMENT_LABELS:
+        text = sampler.joined(*signs.get(label, (first, not first)))
+        assert sentiment(text) == label
+        items.append(Item({"text": (text,)}, label))
+    return items
+
+
+def reading(sampler: Sampler) -> list[Item]:
+    """Four happenings and a question that one of them answers; all choices are in the text, the right one anywhere."""
+    draw = sampler.random
+    while True:
+        events = [_told(sampler, person) for person in draw.sample(PEOPLE, 4)]
+        asks = draw.choice(("who", "what", "where"))
+        asked = draw.choice(events)
+        verb = PARENT.get(asked.verb, asked.verb) if draw.random() < 0.5 else asked.verb
+        noun = PARENT[asked.noun] if draw.random() < 0.5 else asked.noun
+        question = question_of(asked, asks, verb, noun)
+        part = {"who": "person", "what": "noun", "where": "place"}[asks]
+        choices = [str(getattr(event, part)) for event in events]
+        if len(set(choices)) == 4 and sum(event.answers(question) for event in events) == 1:
+            break
+    right = str(getattr(asked, part))
+    draw.shuffle(choices)
+    texts: dict[str, tuple[Meaning, ...]] = {"flores_passage": tuple(events), "question": (question,)}
+    texts |= {f"mc_answer{i}": (Phrase(choice),) for i, choice in enumerate(choices, 1)}
+    return [Item(texts, str(choices.index(right) + 1))]
+
+
+def _told(sampler: Sampler, person: str) -> Event:
+    draw = sampler.random
+    verb = draw.choice([verb for verbs in VERBS.values() for verb in verbs])
+    return Event(person, verb, draw.choice(sampler.nouns), draw.choice(sampler.places))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        WorldTask("inference", "xnli", "label", inference, 1 / 3),
+        WorldTask("sentiment", "nusax", "label", reviews, 1 / 3),
+        WorldTask("reading", "belebele", "correct_answer_num", reading, 1 / 4),
+    )
+}
+
+
+def items_of(task: WorldTask, split: str, count: int, seed: str, other_than: Sequence[Item] = ()) -> list[Item]:
+    """``count`` items of different meanings, none of which is among ``other_than``."""
+    sampler = Sampler(f"{seed} {task.name} {split}", learning=split == "train")
+    seen = {item.key for item in other_than}
+    items: list[Item] = []
+    while len(items) < count:
+        new = [item for item in task.draw(sampler) if item.key not in seen]
+        seen.update(item.key for item in new)
+        items += new
+    return items[:count]
+
+
+def rows_of(task: WorldTask, items: Sequence[Item], language: AnyLanguage, seed: str) -> list[dict[str, Any]]:
+    """The items' rows in one language."""
+    draw = random.Random(f"{seed} {task.name} wording in {language.name}")
+    rows = []
+    for number, item in enumerate(items):
+        texts = {column: say_all(meanings, language, draw) for column, meanings in item.texts.items()}
+        rows.append({"id": str(number), **texts, task.label_column: item.label})
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
