@@ -104,3 +104,25 @@ def test_a_missing_tokenizer_is_named():
     done = _env("--check", str(DATA / "forward-gqa" / "checkpoint"))
     assert done.exit_code == 1
     assert "tokenizer" in done.stdout
+
+
+def test_a_backend_is_preferred_in_a_whole_process():
+    program = (
+        "import torch; from mtllm_fast.ops import explain\n"
+        "print(explain('bias_relu', torch.ones(2, 4), torch.ones(4)).chosen)\n"
+        "from mtllm_fast import norm_pool\n"
+        "from mtllm_fast.core.backends import Backends\n"
+        "print(Backends('one', {'cpu': lambda: None, 'reference': lambda: None}).choose('auto'))\n"
+        "print(Backends('two', {'cpu': lambda: None, 'reference': lambda: 'no'}).choose('auto'))\n"
+        "print(Backends('three', {'cpu': lambda: None}).choose('auto'))"
+    )
+
+    def chosen(name: str) -> subprocess.CompletedProcess[str]:
+        setting = {**os.environ, "MTLLM_FAST_BACKEND": name}
+        return subprocess.run([sys.executable, "-c", program], env=setting, capture_output=True, text=True)
+
+    assert chosen("reference").stdout.split() == ["reference", "reference", "cpu", "cpu"]
+    assert chosen("auto").stdout.split()[1:] == ["cpu", "cpu", "cpu"]
+    wrong = chosen("refrence")
+    assert wrong.returncode != 0
+    assert "must be one of auto, cuda, triton, cpu, reference, got 'refrence'" in wrong.stderr
