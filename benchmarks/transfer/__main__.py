@@ -17,10 +17,11 @@ import typer
 
 from benchmarks.transfer import report
 from benchmarks.transfer.costs import classifier_cost, translate_test_cost
-from benchmarks.transfer.languages import ENGLISH, SEEN
+from benchmarks.transfer.languages import ENGLISH
 from benchmarks.transfer.leaks import leaks
+from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
 from benchmarks.transfer.presets import PRESETS
-from benchmarks.transfer.study import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT, Study
+from benchmarks.transfer.study import Study
 from mtllm_fast.bench.facts import facts
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.settings import BACKEND
@@ -47,7 +48,7 @@ def counting() -> Iterator[Counter[str]]:
 
 def costs_of(study: Study) -> dict[str, dict[str, Any]]:
     """Of each task and main system, on rows of the first language that the MT model knows well."""
-    language, seed, found = SEEN[0], study.preset.seeds[0], {}
+    language, seed, found = study.preset.seen[0], study.preset.seeds[0], {}
     for task in study.tasks():
         folder, rows = study.root / f"seed-{seed}" / task.name, study.rows(task, f"test-{language.name}")
         teacher, mt = str(folder / "teacher" / "final"), str(study.root / "mt")

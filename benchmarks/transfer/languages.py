@@ -19,7 +19,6 @@ SCRIPTS = {
     "Latn": _LETTERS,
     "Cyrl": "абдефгхиклмнопрстувзйцшы",
     "Grek": "αβδεφγηικλμνοπρστυωζθχψξ",
-    "Geor": "აბდეფგჰიკლმნოპრსტუვზჯცწყ",
     "Armn": "աբդեֆգհիկլմնօպրստւվզջցքյ",
 }
 _CONSONANTS, _VOWELS = "bdfghklmnprstvz", "aeiou"
@@ -214,7 +213,7 @@ _add(
     Language("poor-sov", "quy_Latn", "Latn", "SOV", True, True, True, fused=True, parallel=0.2, cognates=0.3),
     Language("scarce-svo", "hye_Armn", "Armn", "SVO", True, True, False, parallel=0.05),
     Language("scarce-vso", "gla_Latn", "Latn", "VSO", True, False, False, fused=True, parallel=0.05, cognates=0.1),
-    Language("unseen", "kat_Geor", "Geor", "SOV", True, True, True, read_as="ell_Grek"),
+    Language("unseen", "fon_Latn", "Latn", "SOV", True, True, True, read_as="quy_Latn"),
 )
 # Two that the MT model never saw, and that have a relative which it did; and one more, a close dialect.
 _add(

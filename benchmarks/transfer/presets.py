@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.transfer.languages import BY_NAME, Language
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -17,6 +19,7 @@ class Preset:
         train_rows, dev_rows, test_rows: of each task.
         epochs: of fine-tuning and of stage 2, by task.
         tasks, seeds: which; a seed is that of stages 1 and 2. The models that they start from are made once.
+        languages: which.
         ablations: the tasks for which parts of the recipe are left out in turn.
     """
 
@@ -38,11 +41,25 @@ class Preset:
     seeds: tuple[int, ...]
     tasks: tuple[str, ...] = ("inference", "sentiment", "reading")
     ablations: tuple[str, ...] = ("inference",)
+    languages: tuple[str, ...] = tuple(BY_NAME)
     dev_rows: int = 150
     mt_batch: int = 64
     llm_batch: int = 32
     mt_learning_rate: float = 1e-3
     llm_learning_rate: float = 2e-3
+
+    @property
+    def all_languages(self) -> tuple[Language, ...]:
+        return tuple(BY_NAME[name] for name in self.languages)
+
+    @property
+    def seen(self) -> tuple[Language, ...]:
+        """Those that the MT model is trained on."""
+        return tuple(language for language in self.all_languages if language.parallel)
+
+    @property
+    def unseen(self) -> tuple[Language, ...]:
+        return tuple(language for language in self.all_languages if not language.parallel)
 
 
 PRESETS = {
@@ -50,6 +67,7 @@ PRESETS = {
         "micro", paragraphs=2000, documents=2000, mt_width=64, mt_layers=2, llm_width=64, llm_layers=2, mt_steps=600,
         clm_steps=300, mntp_steps=60, simcse_steps=20, distill_steps=60, train_rows=900, test_rows=90,
         epochs={"sentiment": 6}, seeds=(1,), tasks=("sentiment",), ablations=(),
+        languages=("rich-svo", "rich-sov", "unseen"),
     ),
     "mini": Preset(
         "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=3, llm_width=128, llm_layers=4, mt_steps=5000,

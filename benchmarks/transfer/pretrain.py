@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from benchmarks.transfer import corpora
-from benchmarks.transfer.languages import ENGLISH, SEEN, AnyLanguage
+from benchmarks.transfer.languages import ENGLISH, SEEN, AnyLanguage, Language
 from benchmarks.transfer.presets import Preset
 from benchmarks.transfer.world import Meaning
 from mtllm_fast.text.tokenization import tokenize
@@ -66,10 +66,12 @@ def train(
     return list(trainer.state.log_history)
 
 
-def parallel_texts(paragraphs: Sequence[tuple[Meaning, ...]]) -> dict[str, list[str]]:
+def parallel_texts(
+    paragraphs: Sequence[tuple[Meaning, ...]], languages: Sequence[Language] = SEEN
+) -> dict[str, list[str]]:
     """Of English and each language that the MT model sees: the first paragraphs, as many as it has."""
     texts = {}
-    every: tuple[AnyLanguage, ...] = (ENGLISH, *SEEN)
+    every: tuple[AnyLanguage, ...] = (ENGLISH, *languages)
     for language in every:
         draw = random.Random(f"parallel text in {language.name}")
         own = paragraphs[: int(language.parallel * len(paragraphs))]
@@ -91,7 +93,7 @@ def _translations(texts: dict[str, list[str]], count: int, draw: random.Random) 
 def train_mt(folder: Path, preset: Preset, seed: str) -> None:
     """``folder``: an NLLB-like model with its tokenizer, many-to-many on the parallel texts."""
     set_seed(1)
-    texts = parallel_texts(corpora.parallel(preset.paragraphs, seed))
+    texts = parallel_texts(corpora.parallel(preset.paragraphs, seed), preset.seen)
     tokenizer = nllb_tokenizer((text for own in texts.values() for text in own), _MT_VOCABULARY)
     config = M2M100Config(
         vocab_size=len(tokenizer), d_model=preset.mt_width, encoder_layers=preset.mt_layers,

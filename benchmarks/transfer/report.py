@@ -8,19 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.transfer.languages import ENGLISH, LANGUAGES, SEEN
-from benchmarks.transfer.study import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
+from benchmarks.transfer.languages import LANGUAGES, SEEN
+from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, GROUPS, MT_LLM, ZERO_SHOT
 
-GROUPS = {
-    "English": (ENGLISH.name,),
-    "rich": tuple(language.name for language in SEEN if language.name.startswith("rich")),
-    "poor": tuple(language.name for language in SEEN if language.name.startswith("poor")),
-    "scarce": tuple(language.name for language in SEEN if language.name.startswith("scarce")),
-    "seen": tuple(language.name for language in SEEN),
-    "unseen": ("unseen",),
-    "unseen kin": ("unseen-kin",),
-    "dialect": ("dialect",),
-}
 PLOTTED = (MT_LLM, BEAM, GREEDY, ENCODER, ZERO_SHOT)
 
 
@@ -35,7 +25,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     parts = {language.name: (language.name,) for language in LANGUAGES} | GROUPS
     for task, system in names:
         own = [r for r in records if (r["task"], r["system"]) == (task, system)]
+        present = {r["language"] for r in own}
         for part, languages in parts.items():
+            if not present & set(languages):
+                continue
             by_seed = [
                 statistics.fmean(r["accuracy"] for r in own if r["seed"] == seed and r["language"] in languages)
                 for seed in sorted({r["seed"] for r in own})
@@ -62,14 +55,15 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = []
     for task, chance in record["chance"].items():
         lines += [f"**{task}** (chance {100 * chance:.0f})", ""]
-        lines.append(f"| system | {' | '.join(GROUPS)} | rows/s | MFLOP/row |")
-        lines.append("| --- |" + " ---: |" * (len(GROUPS) + 2))
         rows = [r for r in record["accuracy"] if r["task"] == task]
+        groups = [group for group in GROUPS if any(r["languages"] == group for r in rows)]
+        lines.append(f"| system | {' | '.join(groups)} | rows/s | MFLOP/row |")
+        lines.append("| --- |" + " ---: |" * (len(groups) + 2))
         for system in dict.fromkeys(r["system"] for r in rows):
             cells = {r["languages"]: r for r in rows if r["system"] == system}
             cost = record["costs"][task].get(system)
             costs = [f"{cost['rows_per_second']:,.0f}", f"{cost['mflop_per_row']:,.0f}"] if cost else ["–", "–"]
-            lines.append(f"| {system} | {' | '.join([*(_cell(cells[group]) for group in GROUPS), *costs])} |")
+            lines.append(f"| {system} | {' | '.join([*(_cell(cells[group]) for group in groups), *costs])} |")
         lines.append("")
     return lines
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.transfer import corpora, english, pretrain
-from benchmarks.transfer.languages import ENGLISH, LANGUAGES, SEEN, UNSEEN
+from benchmarks.transfer.languages import ENGLISH
+from benchmarks.transfer.names import ABLATIONS, BEAM, ENCODER, GREEDY, MT_LLM, STAGE_1_ONLY, ZERO_SHOT
 from benchmarks.transfer.presets import Preset
 from benchmarks.transfer.tasks import TASKS, WorldTask, items_of, rows_of, write_rows
 from mtllm_fast import (
@@ -51,12 +52,6 @@ STAGE_1 = {
     "span": {"sequence_weight": 0.0, "span_weight": 1.0},
     "random": {"up_proj_init": "random"},
 }
-ZERO_SHOT, GREEDY, BEAM = "zero-shot LLM", "translate-test, greedy", "translate-test, beam 4"
-ENCODER, MT_LLM, STAGE_1_ONLY = "MT encoder alone", "MT-LLM", "MT-LLM, stage 1 only (labels)"
-ABLATIONS = {
-    "sequence": "MT-LLM, sequence loss", "span": "MT-LLM, span loss", "random": "MT-LLM, random up_proj",
-    "none": "MT-LLM, stage 2 only",
-}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -107,7 +102,7 @@ class Study:
         sentences = list(itertools.islice(new, count))
         translate = Translator(str(self.root / "mt"), max_new_tokens=160)
         quality = {}
-        for language in SEEN:
+        for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
             said = translate([language.say(p[0], draw) for p in sentences], [language.code] * len(sentences))
             wordings = [{english.say(p[0], draw) for _ in range(40)} for p in sentences]
@@ -134,7 +129,7 @@ class Study:
                 for split, items in (("train", train), ("dev", dev), (f"test-{ENGLISH.name}", test)):
                     rows = rows_of(task, items, ENGLISH, f"{WORLD} {split}")
                     write_rows(folder / task.name / f"{split}.jsonl", rows)
-                for language in LANGUAGES:
+                for language in self.preset.all_languages:
                     rows = rows_of(task, test, language, f"{WORLD} test")
                     write_rows(folder / task.name / f"test-{language.name}.jsonl", rows)
 
@@ -245,10 +240,12 @@ class Study:
     def _evaluate(self, seed: int, task: WorldTask, run: Run) -> Iterator[dict[str, Any]]:
         """A record per system and language. A language that the MT model never saw is read under a relative's code."""
         groups: dict[str, dict[str, str]] = {
-            "seen": {ENGLISH.code: ENGLISH.name, **{language.code: language.name for language in SEEN}},
-            "unseen": {str(language.read_as): language.name for language in UNSEEN},
+            "seen": {ENGLISH.code: ENGLISH.name, **{language.code: language.name for language in self.preset.seen}},
+            "unseen": {str(language.read_as): language.name for language in self.preset.unseen},
         }
         for group, names in groups.items():
+            if not names:
+                continue
             folder = self.root / f"seed-{seed}" / task.name / "evaluation" / f"{run.name}-{group}"
             result = self._results(folder, task, names, run.models)
             for name, system in run.systems.items():
