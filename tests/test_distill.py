@@ -93,6 +93,8 @@ def test_a_run_writes_what_it_says(whole):
     wanted = {"sequence_loss", "span_loss", "fvu", "fvu_student", "cosine", "tokens_per_second", "tflops_per_second"}
     assert wanted | {"memory_gib", "seconds_left", "grad_norm", "learning_rate"} <= line.keys()
     assert whole.metrics["eval_fvu"] > 0
+    assert whole.log[0].keys() >= {"eval_fvu", "eval_loss"}  # where least squares ended
+    assert whole.log[0]["step"] == 0
     held = sum(path.stat().st_size for path in (output / "checkpoint-6").iterdir())
     frozen = sum(p.numel() for p in MTLLM.from_pretrained("tiny").parameters()) * 4
     assert held < frozen / 2  # LoRA, its optimiser and up_proj
@@ -123,6 +125,8 @@ def same_run(result, whole):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert losses(result.log) == losses(whole.log)
+    first, of_whole = ({name: log[0].get(name) for name in ("step", "eval_fvu")} for log in (result.log, whole.log))
+    assert first == of_whole
 
 
 def test_killed_with_9_and_resumed_is_the_same_bit_for_bit(whole, tmp_path):

@@ -136,7 +136,7 @@ def distill(arguments: DistillArguments, trainer_arguments: TrainingArguments | 
         joint, how, train_dataset=batches, eval_dataset=eval_batches or None, teacher_cache=cache
     )
     if eval_batches and checkpoint is None and not how.fsdp:  # which shards, and takes to the GPU, in train()
-        trainer.evaluate()  # the curve begins where least squares ended
+        trainer.evaluate_first()  # the curve begins where least squares ended
     trainer.train_from(checkpoint)
     metrics = _last_metrics(trainer) if eval_batches else {}
     return _finish(arguments, trainer, wrapped, tokenizers[1], metrics)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerState
 
 from mtllm_fast.core.errors import BatchTooLargeError
 from mtllm_fast.models.flops import step_flops
@@ -22,6 +23,17 @@ from mtllm_fast.training.trainer import ResumableTrainer
 
 _OF_SENTENCES = ("sequence_loss", "fvu", "fvu_student", "cosine", "norm_difference")
 _OF_SPANS = ("span_loss", "span_cosine", "span_norm_difference")
+
+
+class _BeginWith(TrainerCallback):
+    """A line before all others in the log of a run that begins."""
+
+    def __init__(self, line: dict[str, Any]) -> None:
+        self.line = line
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            state.log_history.insert(0, self.line)
 
 
 class SelfDistillationTrainer(ResumableTrainer):
@@ -147,6 +159,10 @@ class SelfDistillationTrainer(ResumableTrainer):
             self.restore_data(resume_from_checkpoint)
         self._since = (0 if not resume_from_checkpoint else step_of(resume_from_checkpoint), time.perf_counter())
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluate_first(self) -> None:
+        """Evaluate before the first step, and let the log of ``train``, which starts an empty one, begin with it."""
+        self.add_callback(_BeginWith({**self.evaluate(), "step": 0}))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
