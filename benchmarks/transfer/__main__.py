@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +30,8 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.settings import BACKEND
 from mtllm_fast.training.runs import write_json
 
+logger = logging.getLogger("mtllm_fast")
+
 
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
@@ -44,6 +49,37 @@ def counting() -> Iterator[Counter[str]]:
         yield chosen
     finally:
         Backends.choose = choose  # type: ignore[method-assign]
+
+
+def quiet(threads: int) -> None:
+    """Of a process that works: its share of the cores; small models are slower on two threads than on one."""
+    torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def job(study: Study, method: str, *args: Any) -> tuple[Any, Counter[str]]:
+    """What a method of the study returns, and the backends that served it."""
+    start = time.perf_counter()
+    with counting() as chosen:
+        result = getattr(study, method)(*args)
+    logger.info("%s: %.0f s", " ".join(map(str, (method, *args))), time.perf_counter() - start)
+    return result, chosen
+
+
+def run(study: Study, workers: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Every phase, ``workers`` jobs at a time; the records of its last."""
+    records: list[dict[str, Any]] = []
+    chosen: Counter[str] = Counter()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=quiet, initargs=(threads,)) as pool:
+        for jobs in study.phases():
+            for result, backends in [f.result() for f in [pool.submit(job, study, *one) for one in jobs]]:
+                records += result or []
+                chosen += backends
+    return records, chosen
 
 
 def costs_of(study: Study) -> dict[str, dict[str, Any]]:
@@ -67,18 +103,16 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="Folder of everything; a killed run goes on in it.")] = Path(
         "transfer"
     ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each takes its share of the cores.")] = 2,
 ) -> None:
     """Make a world and its models, run every system, and write OUTPUT_DIR/report.json, report.md and two plots."""
     if preset not in PRESETS:
         raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, got {preset!r}", param_hint="--preset")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet(1)
     study, start = Study(output_dir, PRESETS[preset]), time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
     study.claim()
-    with counting() as chosen:
-        records = study.run()
+    records, chosen = run(study, workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the commands choose
     spent = study.spend(time.perf_counter() - start)
     record = {

@@ -10,11 +10,11 @@ from benchmarks.transfer.languages import AnyLanguage
 from benchmarks.transfer.world import GOOD, PEOPLE, Event, Meaning, Sampler, narrower, question_of
 
 
-def parallel(count: int, seed: str) -> list[tuple[Meaning, ...]]:
-    """Paragraphs of meanings: a quarter of two to four sentences, the rest of one."""
+def parallel(count: int, seed: str, long: float = 0.1) -> list[tuple[Meaning, ...]]:
+    """Paragraphs of meanings: ``long`` of them of two to four sentences, the rest of one."""
     sampler = Sampler(f"{seed} parallel")
     draw = sampler.random
-    several = (draw.choice((2, 3, 4)) if draw.random() < 0.25 else 1 for _ in range(count))
+    several = (draw.choice((2, 3, 4)) if draw.random() < long else 1 for _ in range(count))
     return [tuple(sampler.any(in_text=sentences > 1) for _ in range(sentences)) for sentences in several]
 
 
@@ -24,10 +24,10 @@ def say_all(paragraph: tuple[Meaning, ...], language: AnyLanguage, draw: random.
 
 
 def documents(count: int, seed: str) -> Iterator[str]:
-    """English documents of two to five sentences: happenings and what follows from them, opinions and what people felt,
-    questions with their answers, facts, and whatever else is said."""
+    """English documents of a few sentences: happenings and what follows from them, happenings retold, opinions and what
+    people felt, questions with their answers, facts, and whatever else is said."""
     sampler = Sampler(f"{seed} documents")
-    kinds = (_facts, _consequences, _feelings, _answers, _anything)
+    kinds = (_facts, _consequences, _consequences, _feelings, _answers, _answers, _answers, _retold, _retold, _anything)
     for _ in range(count):
         yield " ".join(sampler.random.choice(kinds)(sampler))
 
@@ -77,6 +77,14 @@ def _answers(sampler: Sampler) -> list[str]:
     question = english.say(question_of(event, asks), draw)
     answer = {"who": event.person, "what": event.noun, "where": english.where(str(event.place))}[asks]
     return [*(english.say(one, draw) for one in told), question, f"{answer}."]
+
+
+def _retold(sampler: Sampler) -> list[str]:
+    """Happenings, and the same again in other words and another order."""
+    draw = sampler.random
+    events = [sampler.event() for _ in range(draw.choice((1, 2, 3)))]
+    again = draw.sample(events, len(events))
+    return [*(english.say(event, draw) for event in events), "again:", *(english.say(event, draw) for event in again)]
 
 
 def _anything(sampler: Sampler) -> list[str]:

@@ -209,10 +209,10 @@ def _add(*languages: Language) -> None:
 _add(
     Language("rich-svo", "kir_Cyrl", "Cyrl", "SVO", False, True, False, parallel=1.0),
     Language("rich-sov", "eus_Latn", "Latn", "SOV", True, False, True, parallel=1.0, cognates=0.1),
-    Language("poor-vso", "ell_Grek", "Grek", "VSO", False, False, False, parallel=0.2),
-    Language("poor-sov", "quy_Latn", "Latn", "SOV", True, True, True, fused=True, parallel=0.2, cognates=0.3),
-    Language("scarce-svo", "hye_Armn", "Armn", "SVO", True, True, False, parallel=0.05),
-    Language("scarce-vso", "gla_Latn", "Latn", "VSO", True, False, False, fused=True, parallel=0.05, cognates=0.1),
+    Language("poor-vso", "ell_Grek", "Grek", "VSO", False, False, False, parallel=0.15),
+    Language("poor-sov", "quy_Latn", "Latn", "SOV", True, True, True, fused=True, parallel=0.15, cognates=0.3),
+    Language("scarce-svo", "hye_Armn", "Armn", "SVO", True, True, False, parallel=0.02),
+    Language("scarce-vso", "gla_Latn", "Latn", "VSO", True, False, False, fused=True, parallel=0.02, cognates=0.1),
     Language("unseen", "fon_Latn", "Latn", "SOV", True, True, True, read_as="quy_Latn"),
 )
 # Two that the MT model never saw, and that have a relative which it did; and one more, a close dialect.

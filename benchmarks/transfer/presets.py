@@ -14,6 +14,7 @@ class Preset:
     Attributes:
         paragraphs: of parallel text of the richest language; documents: of English for the LLM, and again for stage 1.
         mt_width, mt_layers, llm_width, llm_layers: of each of the MT model's towers, and of the LLM.
+        mt_vocabulary, llm_vocabulary: how many pieces their tokenizers have.
         mt_steps, clm_steps, mntp_steps, simcse_steps: of pretraining; mt_batch, llm_batch: texts of a step.
         distill_steps: of stage 1, of 32 documents each.
         train_rows, dev_rows, test_rows: of each task.
@@ -39,14 +40,16 @@ class Preset:
     test_rows: int
     epochs: dict[str, int]
     seeds: tuple[int, ...]
-    tasks: tuple[str, ...] = ("inference", "sentiment", "reading")
+    tasks: tuple[str, ...] = ("reading", "inference", "sentiment")
     ablations: tuple[str, ...] = ("inference",)
     languages: tuple[str, ...] = tuple(BY_NAME)
     dev_rows: int = 150
     mt_batch: int = 64
     llm_batch: int = 32
-    mt_learning_rate: float = 1e-3
-    llm_learning_rate: float = 2e-3
+    mt_learning_rate: float = 3e-3
+    llm_learning_rate: float = 5e-3
+    mt_vocabulary: int = 3000
+    llm_vocabulary: int = 1000
 
     @property
     def all_languages(self) -> tuple[Language, ...]:
@@ -64,20 +67,21 @@ class Preset:
 
 PRESETS = {
     "micro": Preset(
-        "micro", paragraphs=2000, documents=2000, mt_width=64, mt_layers=2, llm_width=64, llm_layers=2, mt_steps=600,
-        clm_steps=300, mntp_steps=60, simcse_steps=20, distill_steps=60, train_rows=900, test_rows=90,
-        epochs={"sentiment": 6}, seeds=(1,), tasks=("sentiment",), ablations=(),
+        "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=600,
+        clm_steps=500, mntp_steps=100, simcse_steps=15, distill_steps=100, train_rows=900, test_rows=150,
+        epochs={"sentiment": 5}, seeds=(1,), tasks=("sentiment",), ablations=(), mt_vocabulary=1500,
         languages=("rich-svo", "rich-sov", "unseen"),
     ),
     "mini": Preset(
-        "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=3, llm_width=128, llm_layers=4, mt_steps=5000,
-        clm_steps=2500, mntp_steps=500, simcse_steps=100, distill_steps=400, train_rows=3000, test_rows=300,
-        epochs={"inference": 6, "sentiment": 4, "reading": 5}, seeds=(1, 2, 3),
+        "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=2500,
+        clm_steps=3500, mntp_steps=600, simcse_steps=40, distill_steps=400, train_rows=2400, test_rows=300,
+        epochs={"reading": 8, "inference": 8, "sentiment": 3}, seeds=(1, 2, 3), ablations=("sentiment",),
     ),
     "gpu": Preset(
         "gpu", paragraphs=20000, documents=30000, mt_width=256, mt_layers=4, llm_width=256, llm_layers=6,
-        mt_steps=6000, clm_steps=4000, mntp_steps=800, simcse_steps=200, distill_steps=800, train_rows=9000,
-        test_rows=600, epochs={"inference": 4, "sentiment": 2, "reading": 4}, seeds=(1, 2, 3),
-        ablations=("inference", "sentiment", "reading"), mt_batch=128, llm_batch=64,
+        mt_steps=6000, clm_steps=6000, mntp_steps=800, simcse_steps=100, distill_steps=800, train_rows=9000,
+        test_rows=600, epochs={"reading": 4, "inference": 4, "sentiment": 2}, seeds=(1, 2, 3),
+        ablations=("reading", "inference", "sentiment"), mt_batch=128, llm_batch=64, mt_learning_rate=1e-3,
+        llm_learning_rate=2e-3,
     ),
 }  # fmt: skip

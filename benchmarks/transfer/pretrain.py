@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.transfer import corpora
 from benchmarks.transfer.languages import ENGLISH, SEEN, AnyLanguage, Language
@@ -35,7 +36,6 @@ from mtllm_fast.training.prepare import prepare_llm
 from mtllm_fast.training.runs import write_json
 from mtllm_fast.training.stacks import add_lora
 
-_MT_VOCABULARY, _LLM_VOCABULARY = 4000, 1200
 _MASKED = 0.2  # of the tokens, as LLM2Vec's recipe for Llama
 
 
@@ -62,6 +62,7 @@ def train(
         logging_steps=max(1, len(batches) // 50), disable_tqdm=True, remove_unused_columns=False, seed=1, **more,
     )  # fmt: skip
     trainer = Trainer(model=model, args=how, train_dataset=Batches(batches), data_collator=lambda rows: rows[0])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return list(trainer.state.log_history)
 
@@ -94,13 +95,14 @@ def train_mt(folder: Path, preset: Preset, seed: str) -> None:
     """``folder``: an NLLB-like model with its tokenizer, many-to-many on the parallel texts."""
     set_seed(1)
     texts = parallel_texts(corpora.parallel(preset.paragraphs, seed), preset.seen)
-    tokenizer = nllb_tokenizer((text for own in texts.values() for text in own), _MT_VOCABULARY)
+    tokenizer = nllb_tokenizer((text for own in texts.values() for text in own), preset.mt_vocabulary)
     config = M2M100Config(
         vocab_size=len(tokenizer), d_model=preset.mt_width, encoder_layers=preset.mt_layers,
         decoder_layers=preset.mt_layers, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=4 * preset.mt_width, decoder_ffn_dim=4 * preset.mt_width, max_position_embeddings=512,
-        encoder_layerdrop=0.0, decoder_layerdrop=0.0, dropout=0.1, attention_dropout=0.0, scale_embedding=True,
+        encoder_layerdrop=0.0, decoder_layerdrop=0.0, dropout=0.0, attention_dropout=0.0, scale_embedding=True,
         bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        init_std=preset.mt_width**-0.5,  # NLLB's 0.02 at this width leaves words weaker than their positions
     )  # fmt: skip
     ids = {name: _ids(tokenizer, own, name) for name, own in texts.items()}
     drawn = list(_translations(texts, preset.mt_steps * preset.mt_batch, random.Random(f"{seed} directions")))
@@ -114,7 +116,11 @@ def train_mt(folder: Path, preset: Preset, seed: str) -> None:
     model = M2M100ForConditionalGeneration(config)
     model.generation_config.max_length = 512
     log = train(
-        model, batches, folder, learning_rate=preset.mt_learning_rate, label_smoothing_factor=0.1, adam_beta2=0.98
+        model,
+        batches,
+        folder,
+        learning_rate=preset.mt_learning_rate,
+        adam_beta2=0.98,
     )
     begun = begin(folder)
     model.save_pretrained(begun)
@@ -156,13 +162,13 @@ def train_llm(folder: Path, preset: Preset, seed: str) -> None:
     set_seed(2)
     texts = list(corpora.documents(preset.documents, seed))
     parts = folder.with_name(f"{folder.name}-parts")
-    tokenizer = llama_tokenizer(texts, _LLM_VOCABULARY)
+    tokenizer = llama_tokenizer(texts, preset.llm_vocabulary)
     tokenizer.pad_token = tokenizer.eos_token
     ids = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=preset.llm_width, intermediate_size=3 * preset.llm_width,
         num_hidden_layers=preset.llm_layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True, initializer_range=preset.llm_width**-0.5,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
     draw = random.Random(f"{seed} order of documents")
@@ -185,7 +191,7 @@ def train_llm(folder: Path, preset: Preset, seed: str) -> None:
         parts / "simcse",
         str(parts / "masked"),
         AutoModel,
-        _drawn(ids, preset.simcse_steps, 2 * preset.llm_batch, draw, _causal),
+        _drawn(ids, preset.simcse_steps, preset.llm_batch, draw, _causal),
         preset,
         contrastive=True,
     )
@@ -252,7 +258,7 @@ def _train_adapter(
     decoder = model_class.from_pretrained(base, config=config)
     wrapped = add_lora(decoder, r=32, alpha=64, dropout=0.1 if contrastive else 0.0)
     model = Contrastive(wrapped) if contrastive else wrapped
-    rate = preset.llm_learning_rate / (10 if contrastive else 1)
+    rate = 2e-4 if contrastive else 2e-3
     log = train(model, list(batches), folder.with_name(f"{folder.name}-run"), learning_rate=rate)
     wrapped.save_pretrained(str(folder))
     return log

@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,11 +69,16 @@ class Study:
     root: Path
     preset: Preset
 
-    def run(self) -> list[dict[str, Any]]:
-        """Make whatever is missing; a record per seed, task, system and language."""
-        self.make_data()
-        self.make_models()
-        return [record for seed in self.preset.seeds for record in self.run_seed(seed)]
+    def phases(self) -> list[list[tuple[Any, ...]]]:
+        """Jobs (a method and what it is called with), those of a phase apart from each other, the longest first."""
+        ablated = any(name in self.preset.ablations for name in self.preset.tasks)
+        stage_1 = [*STAGE_1, "none"] if ablated else ["both"]
+        seeds = self.preset.seeds
+        return [
+            [("make_data",)], [("make_mt",), ("make_llm",)],
+            [("make_stack", seed, name) for seed in seeds for name in stage_1],
+            [("run_task", seed, task) for task in self.preset.tasks for seed in seeds],
+        ]  # fmt: skip
 
     def claim(self) -> None:
         """Take the folder.
@@ -109,7 +114,7 @@ class Study:
             quality[language.name] = sum(s in w for s, w in zip(said, wordings, strict=True)) / len(sentences)
         return quality
 
-    def tasks(self) -> Iterable[WorldTask]:
+    def tasks(self) -> Iterator[WorldTask]:
         return (TASKS[name] for name in self.preset.tasks)
 
     def rows(self, task: WorldTask, split: str) -> str:
@@ -135,31 +140,28 @@ class Study:
 
         self._once("data", make)
 
-    def make_models(self) -> None:
-        """The MT model and the LLM."""
+    def make_mt(self) -> None:
         self._timed("mt", lambda folder: pretrain.train_mt(folder, self.preset, WORLD))
+
+    def make_llm(self) -> None:
         self._timed("llm", lambda folder: pretrain.train_llm(folder, self.preset, WORLD))
 
-    def run_seed(self, seed: int) -> list[dict[str, Any]]:
-        """Stage 1, then each task's systems."""
-        records: list[dict[str, Any]] = []
-        ablated = [name for name in self.preset.tasks if name in self.preset.ablations]
-        for name in STAGE_1 if ablated else ("both",):
-            self._stage_1(seed, name)
-        if ablated:
-            self._least_squares_alone(seed)
-        for task in self.tasks():
-            for run in self._runs(seed, task):
-                records += self._evaluate(seed, task, run)
-        return records
+    def run_task(self, seed: int, name: str) -> list[dict[str, Any]]:
+        """Train and evaluate every system; their records."""
+        task = TASKS[name]
+        return [record for run in self._runs(seed, task) for record in self._evaluate(seed, task, run)]
 
     # Stage 1
 
     def _stack(self, seed: int, name: str) -> Path:
         return self.root / f"seed-{seed}" / "stage-1" / name
 
-    def _stage_1(self, seed: int, name: str) -> None:
+    def make_stack(self, seed: int, name: str) -> None:
+        """Stage 1 as ``name`` has it; ``"none"``: least squares and no more, which stage 2 alone starts from."""
         folder = self._stack(seed, name)
+        if name == "none":
+            self._once(f"seed-{seed}/stage-1/none/merged", lambda folder: self._least_squares_alone(seed, folder))
+            return
         if (folder / "merged" / "manifest.json").exists():
             return
         arguments = DistillArguments(
@@ -173,20 +175,14 @@ class Study:
         )  # fmt: skip
         distill(arguments, how)
 
-    def _least_squares_alone(self, seed: int) -> None:
-        """A stack before stage 1, which stage 2 alone starts from."""
+    def _least_squares_alone(self, seed: int, folder: Path) -> None:
+        from transformers import AutoTokenizer
 
-        def make(folder: Path) -> None:
-            from transformers import AutoTokenizer
-
-            stack = MTLLM.from_encoder_and_llm(str(self.root / "mt"), str(self.root / "llm"), seed=seed)
-            texts = (self.root / "data" / "documents.txt").read_text(encoding="utf-8").splitlines()[:1024]
-            tokenizer = AutoTokenizer.from_pretrained(str(self.root / "llm"))
-            init_up_proj_least_squares(stack, texts, llm_tokenizer=tokenizer)
-            stack.save_pretrained(folder)
-            stack.tokenizer.save_pretrained(folder)
-
-        self._once(f"seed-{seed}/stage-1/none/merged", make)
+        stack = MTLLM.from_encoder_and_llm(str(self.root / "mt"), str(self.root / "llm"), seed=seed)
+        texts = (self.root / "data" / "documents.txt").read_text(encoding="utf-8").splitlines()[:1024]
+        init_up_proj_least_squares(stack, texts, llm_tokenizer=AutoTokenizer.from_pretrained(str(self.root / "llm")))
+        stack.save_pretrained(folder)
+        stack.tokenizer.save_pretrained(folder)
 
     # Stage 2
 

@@ -131,8 +131,8 @@ def reading(sampler: Sampler) -> list[Item]:
     """Four happenings and a question that one of them answers; all choices are in the text, the right one anywhere."""
     draw = sampler.random
     while True:
-        events = [_told(sampler, person) for person in draw.sample(PEOPLE, 4)]
         asks = draw.choice(("who", "what", "where"))
+        events = [_told(sampler, person, asks == "where") for person in draw.sample(PEOPLE, 4)]
         asked = draw.choice(events)
         verb = PARENT.get(asked.verb, asked.verb) if draw.random() < 0.5 else asked.verb
         noun = PARENT[asked.noun] if draw.random() < 0.5 else asked.noun
@@ -148,10 +148,10 @@ def reading(sampler: Sampler) -> list[Item]:
     return [Item(texts, str(choices.index(right) + 1))]
 
 
-def _told(sampler: Sampler, person: str) -> Event:
+def _told(sampler: Sampler, person: str, somewhere: bool) -> Event:
     draw = sampler.random
     verb = draw.choice([verb for verbs in VERBS.values() for verb in verbs])
-    return Event(person, verb, draw.choice(sampler.nouns), draw.choice(sampler.places))
+    return Event(person, verb, draw.choice(sampler.nouns), draw.choice(sampler.places) if somewhere else None)
 
 
 TASKS = {

@@ -47,8 +47,14 @@ PEOPLE = (
     "Mara", "Tom", "Lena", "Boris", "Nina", "Karl", "Sara", "Otto", "Vera", "Pavel", "Rosa", "Ivan",
     "Dora", "Felix", "Tara", "Simon", "Gita", "Marko", "Alma", "Viktor", "Mona", "Peter", "Lola", "Emil",
 )  # fmt: skip
-GOOD = ("good", "lovely", "splendid", "pleasant", "charming", "superb", "delightful", "excellent")
-BAD = ("bad", "awful", "dreadful", "nasty", "terrible", "grim", "horrid", "dismal")
+GOOD = (
+    "good", "lovely", "splendid", "pleasant", "charming", "superb", "delightful", "excellent", "wonderful", "fine",
+    "brilliant", "marvellous", "perfect", "graceful", "glorious", "sublime",
+)  # fmt: skip
+BAD = (
+    "bad", "awful", "dreadful", "nasty", "terrible", "grim", "horrid", "dismal", "poor", "lousy",
+    "hideous", "vile", "dull", "miserable", "wretched", "foul",
+)  # fmt: skip
 ASPECTS = ("soup", "room", "song", "story", "garden", "view", "bed", "music", "service", "wine")
 PROPERTIES = ("red", "blue", "green", "white", "black", "old", "new", "big", "small", "heavy")
 NUMBERS = (2, 3, 4, 5, 6)
@@ -173,8 +179,8 @@ class Sampler:
         self.random = random.Random(seed)  # of a string: the same on every machine
         self.nouns = tuple(n for nouns in KINDS.values() for n in (nouns[:-2] if learning else nouns))
         self.places = tuple(p for places in PLACES.values() for p in (places[:-1] if learning else places))
-        self.good: tuple[str, ...] = GOOD[:-3] if learning else GOOD
-        self.bad: tuple[str, ...] = BAD[:-3] if learning else BAD
+        self.good: tuple[str, ...] = GOOD[:-4] if learning else GOOD
+        self.bad: tuple[str, ...] = BAD[:-4] if learning else BAD
 
     def noun(self) -> str:
         """Of any level, mostly of the lowest."""
