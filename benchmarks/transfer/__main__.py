@@ -3,83 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-import multiprocessing
-import os
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 
 from benchmarks.transfer import report
 from benchmarks.transfer.costs import classifier_cost, translate_test_cost
+from benchmarks.transfer.jobs import quiet, run
 from benchmarks.transfer.languages import ENGLISH
 from benchmarks.transfer.leaks import leaks
 from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
 from benchmarks.transfer.presets import PRESETS
 from benchmarks.transfer.study import Study
 from mtllm_fast.bench.facts import facts
-from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.settings import BACKEND
 from mtllm_fast.training.runs import write_json
-
-logger = logging.getLogger("mtllm_fast")
-
-
-@contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """How often each backend of each op was chosen within."""
-    chosen: Counter[str] = Counter()
-    choose = Backends.choose
-
-    def counted(self: Backends, *args: Any, **kwargs: Any) -> str:
-        name = choose(self, *args, **kwargs)
-        chosen[f"{self.op}: {name}"] += 1
-        return name
-
-    Backends.choose = counted  # type: ignore[method-assign]
-    try:
-        yield chosen
-    finally:
-        Backends.choose = choose  # type: ignore[method-assign]
-
-
-def quiet(threads: int) -> None:
-    """Of a process that works: its share of the cores; small models are slower on two threads than on one."""
-    torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def job(study: Study, method: str, *args: Any) -> tuple[Any, Counter[str]]:
-    """What a method of the study returns, and the backends that served it."""
-    start = time.perf_counter()
-    with counting() as chosen:
-        result = getattr(study, method)(*args)
-    logger.info("%s: %.0f s", " ".join(map(str, (method, *args))), time.perf_counter() - start)
-    return result, chosen
-
-
-def run(study: Study, workers: int) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Every phase, ``workers`` jobs at a time; the records of its last."""
-    records: list[dict[str, Any]] = []
-    chosen: Counter[str] = Counter()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=quiet, initargs=(threads,)) as pool:
-        for jobs in study.phases():
-            for result, backends in [f.result() for f in [pool.submit(job, study, *one) for one in jobs]]:
-                records += result or []
-                chosen += backends
-    return records, chosen
 
 
 def costs_of(study: Study) -> dict[str, dict[str, Any]]:

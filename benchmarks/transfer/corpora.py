@@ -27,7 +27,9 @@ def documents(count: int, seed: str) -> Iterator[str]:
     """English documents of a few sentences: happenings and what follows from them, happenings retold, opinions and what
     people felt, questions with their answers, facts, and whatever else is said."""
     sampler = Sampler(f"{seed} documents")
-    kinds = (_facts, _consequences, _consequences, _feelings, _answers, _answers, _answers, _retold, _retold, _anything)
+    kinds = (
+        _facts, _anything, _feelings, _feelings, _retold, _retold, _consequences, _consequences, _answers, _answers, _answers,
+    )  # fmt: skip
     for _ in range(count):
         yield " ".join(sampler.random.choice(kinds)(sampler))
 

@@ -75,7 +75,7 @@ PRESETS = {
     "mini": Preset(
         "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=2500,
         clm_steps=3500, mntp_steps=600, simcse_steps=40, distill_steps=400, train_rows=2400, test_rows=300,
-        epochs={"reading": 8, "inference": 8, "sentiment": 3}, seeds=(1, 2, 3), ablations=("sentiment",),
+        epochs={"reading": 8, "inference": 8, "sentiment": 5}, seeds=(1, 2, 3), ablations=("sentiment",),
     ),
     "gpu": Preset(
         "gpu", paragraphs=20000, documents=30000, mt_width=256, mt_layers=4, llm_width=256, llm_layers=6,
