@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks.transfer
 BEGIN = "<!-- performance: made by benchmarks/readme_tables.py from benchmarks/results -->"
 END = "<!-- end of performance -->"
 # What an op is compared with, and ours in the order of preference; a record has one of each.
@@ -177,15 +178,39 @@ def op_table(records: dict[Path, dict[str, Any]]) -> list[str]:
     ]
 
 
+def transfer_tables(records: dict[Path, dict[str, Any]]) -> list[str]:
+    """Of each study its summary, its two plots (beside it, named after it) and where all of it is."""
+    from benchmarks.transfer.report import summary
+
+    lines = []
+    for file, record in records.items():
+        seeds = len(field(record, "accuracy", file)[0]["seeds"])
+        backend = "" if field(record, "backend", file) == "auto" else f", backend {record['backend']}"
+        what = (
+            f"`{field(record, 'preset', file)}`{backend}, {machine(record, file)}, {record['seconds'] / 60:.0f} minutes"
+        )
+        lines += [
+            f"Accuracy on the languages that the MT model was trained on, % ({link(what, file)}; mean and 95 % interval"
+        ]
+        lines[-1] += f" of {seeds} seeds):" if seeds > 1 else " need more than this one seed):"
+        lines += ["", *summary(record), ""]
+        for plot in ("data", "costs"):
+            image = file.with_name(f"{file.stem}-{plot}.png")
+            if image.exists():
+                lines += [f"![{plot}](benchmarks/results/{image.name})", ""]
+    return lines
+
+
 def tables(results: Path) -> str:
     """The generated part of the README, markers included."""
     files = sorted(results.glob("*.json"))
     if not files:
         raise RecordError(f"{results} holds no record")
     records = {file: load(file) for file in files}
-    runs = {file: record for file, record in records.items() if "schema" in record}
+    transfer = {file: record for file, record in records.items() if record.get("benchmark") == "transfer"}
+    runs = {file: record for file, record in records.items() if "schema" in record and file not in transfer}
     ops = {file: record for file, record in records.items() if "schema" not in record}
-    lines = throughput_tables(runs) + op_table(ops)
+    lines = throughput_tables(runs) + op_table(ops) + transfer_tables(transfer)
     if not any(map(on_a_gpu, records.values(), records)):
         lines.append("Nothing has been measured on a GPU yet.")
     return "\n".join([BEGIN, "", *lines, "", END])

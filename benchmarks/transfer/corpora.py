@@ -27,9 +27,7 @@ def documents(count: int, seed: str) -> Iterator[str]:
     """English documents of a few sentences: happenings and what follows from them, happenings retold, opinions and what
     people felt, questions with their answers, facts, and whatever else is said."""
     sampler = Sampler(f"{seed} documents")
-    kinds = (
-        _facts, _anything, _feelings, _feelings, _retold, _retold, _consequences, _consequences, _answers, _answers, _answers,
-    )  # fmt: skip
+    kinds = (_facts, _anything, *2 * (_feelings, _retold, _consequences), *3 * (_answers,))
     for _ in range(count):
         yield " ".join(sampler.random.choice(kinds)(sampler))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.transfer.languages import LANGUAGES, SEEN
+from benchmarks.transfer.languages import BY_NAME, LANGUAGES
 from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, GROUPS, MT_LLM, ZERO_SHOT
 
 PLOTTED = (MT_LLM, BEAM, GREEDY, ENCODER, ZERO_SHOT)
@@ -50,6 +50,20 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), float(half)
 
 
+def summary(record: dict[str, Any], languages: str = "seen") -> list[str]:
+    """Lines of Markdown: a row per system, a column per task: accuracy on some languages, and the cost of an answer."""
+    tasks = list(record["chance"])
+    chances = " | ".join(f"{task} (chance {100 * record['chance'][task]:.0f})" for task in tasks)
+    lines = [f"| system | {chances} | MFLOP/row |", "| --- |" + " ---: |" * (len(tasks) + 1)]
+    rows = [row for row in record["accuracy"] if row["languages"] == languages]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        cells = {row["task"]: _cell(row) for row in rows if row["system"] == system}
+        costs = [own[system]["mflop_per_row"] for own in record["costs"].values() if system in own]
+        cost = f"{statistics.fmean(costs):,.0f}" if costs else "–"
+        lines.append(f"| {system} | {' | '.join(cells.get(task, '–') for task in tasks)} | {cost} |")
+    return lines
+
+
 def table(record: dict[str, Any]) -> list[str]:
     """Lines of Markdown: per task a row per system, a column per group of languages."""
     lines = []
@@ -75,7 +89,7 @@ def _cell(row: dict[str, Any]) -> str:
 def plot_data(record: dict[str, Any], path: Path) -> None:
     """Accuracy against the amount of parallel text, a panel per task."""
     figure, axes = _panels(record)
-    amounts = {language.name: language.parallel * record["paragraphs"] for language in SEEN}
+    amounts = {name: one.parallel * record["paragraphs"] for name, one in BY_NAME.items() if one.parallel}
     for axis, (task, chance) in zip(axes, record["chance"].items(), strict=True):
         for system in PLOTTED:
             rows = [r for r in record["accuracy"] if (r["task"], r["system"]) == (task, system)]

@@ -1,0 +1,143 @@
+"""The transfer study as a whole: the micro preset does what it says, and a study comes out the same twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.transfer.jobs import job
+from benchmarks.transfer.languages import ENGLISH
+from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
+from benchmarks.transfer.presets import PRESETS
+from benchmarks.transfer.report import interval, summarise, summary, table
+from benchmarks.transfer.study import Study
+
+ROOT = Path(__file__).parents[1]
+# Of micro, and near enough: MT-LLM's least lead over chance on languages that the MT model knows, and the LLM's most
+# on their texts, of which it knows no word. A binomial of 300 rows has a deviation of 0.027.
+LEAD, NEAR = 0.15, 0.08
+
+NANO = dataclasses.replace(
+    PRESETS["micro"], paragraphs=200, documents=200, mt_width=32, mt_layers=1, llm_width=32, llm_layers=1, mt_steps=4,
+    clm_steps=4, mntp_steps=2, simcse_steps=2, distill_steps=3, train_rows=60, test_rows=30, dev_rows=30,
+    epochs={"sentiment": 1}, mt_vocabulary=600, llm_vocabulary=600,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("micro")
+    command = [sys.executable, "-m", "benchmarks.transfer", "--preset", "micro", "--output-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_micro_beats_chance_where_it_should(micro):
+    record = json.loads((micro / "report.json").read_text())
+    found = {(row["system"], row["languages"]): row["mean"] for row in record["accuracy"]}
+    chance = record["chance"]["sentiment"]
+    assert found[MT_LLM, "English"] > chance + LEAD
+    assert found[MT_LLM, "seen"] > chance + LEAD
+    assert abs(found[ZERO_SHOT, "seen"] - chance) < NEAR
+    assert record["preset"] == "micro"
+    assert {system for system, _ in found} == {ZERO_SHOT, GREEDY, BEAM, ENCODER, MT_LLM}
+    assert all(abs(accuracy - chance) < 0.1 for accuracy in record["leaks"]["sentiment"].values())
+    fused = [name for name in record["backends"] if not name.endswith(": reference")]
+    assert fused, record["backends"]
+    costs = record["costs"]["sentiment"]
+    assert costs[MT_LLM]["mflop_per_row"] < costs[GREEDY]["mflop_per_row"] < costs[BEAM]["mflop_per_row"]
+    for name in ("data.png", "costs.png"):
+        assert (micro / name).stat().st_size > 5000
+    assert "| MT-LLM |" in (micro / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_folder_belongs_to_one_study(micro):
+    command = [sys.executable, "-m", "benchmarks.transfer", "--preset", "mini", "--output-dir", str(micro)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert refused.returncode != 0
+    assert "holds another study" in refused.stderr
+
+
+def run(folder):
+    study = Study(folder, NANO)
+    study.claim()
+    jobs = [one for phase in study.phases() for one in phase]
+    results = [job(study, *one) for one in jobs]
+    return study, [record for result, _ in results for record in result or []]
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    return [run(tmp_path_factory.mktemp(name) / "study") for name in ("one", "other")]
+
+
+def digests(root):
+    """Of what is trained, predicted and translated. A path is in a result's facts, so those are left out."""
+    names = ("*.safetensors", "predictions*.jsonl", "translations*.jsonl")
+    files = sorted(path for name in names for path in root.rglob(name))
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def curves(root):
+    """Every loss that was logged, of every run."""
+    logs = sorted(root.rglob("log.json"))
+    return {str(p.relative_to(root)): [[line.get("loss"), line.get("eval_loss")] for line in json.loads(p.read_text())]
+            for p in logs}  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_bits(twice):
+    (one, records), (other, again) = twice
+    assert records == again
+    assert digests(one.root) == digests(other.root)
+    assert curves(one.root) == curves(other.root)
+    assert {name.split("/")[0] for name in digests(one.root)} >= {"mt", "llm", "seed-1"}
+    assert len(curves(one.root)) >= 6
+
+
+def test_a_study_that_is_whole_is_not_made_again(twice):
+    study, records = twice[0]
+    before = {path: path.stat().st_mtime_ns for path in study.root.rglob("*") if path.is_file()}
+    _, again = run(study.root)
+    assert again == records
+    after = {path: path.stat().st_mtime_ns for path in study.root.rglob("*") if path.is_file()}
+    assert {path for path in after if before.get(path) != after[path]} == {study.root / "study.json"}
+
+
+def test_records_are_of_every_system_and_language(twice):
+    _, records = twice[0]
+    languages = {ENGLISH.name, *NANO.languages}
+    systems = {ZERO_SHOT, GREEDY, BEAM, ENCODER, MT_LLM}
+    assert {(r["system"], r["language"]) for r in records} == {(s, one) for s in systems for one in languages}
+    assert {r["rows"] for r in records} == {NANO.test_rows}
+    english = {r["system"]: r["accuracy"] for r in records if r["language"] == ENGLISH.name}
+    assert english[GREEDY] == english[BEAM] == english[ZERO_SHOT]  # English is not translated
+
+
+def test_intervals_are_students_over_seeds():
+    mean, half = interval([0.5, 0.6, 0.7])
+    assert mean == pytest.approx(0.6)
+    assert half == pytest.approx(4.302652730 * 0.1 / 3**0.5)
+    assert interval([0.5]) == (0.5, None)
+
+
+def test_a_summary_is_of_means_over_languages_and_seeds():
+    records = [
+        {"task": "sentiment", "system": MT_LLM, "seed": seed, "language": language, "accuracy": accuracy}
+        for seed, language, accuracy in [(1, "rich-svo", 0.5), (1, "rich-sov", 0.7), (2, "rich-svo", 0.7), (2, "rich-sov", 0.9)]
+    ]  # fmt: skip
+    rows = {row["languages"]: row for row in summarise(records)}
+    assert rows["rich"]["seeds"] == pytest.approx([0.6, 0.8])
+    assert rows["rich-svo"]["mean"] == pytest.approx(0.6)
+    assert "poor" not in rows
+    record = {"accuracy": summarise(records), "chance": {"sentiment": 1 / 3}, "costs": {"sentiment": {}}}
+    assert summary(record)[-1] == "| MT-LLM | 70.0 ± 127.1 | – |"
+    assert table(record)[4].startswith("| MT-LLM | 70.0 ± 127.1 |")
