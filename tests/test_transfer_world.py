@@ -53,6 +53,15 @@ BOUGHT = Event("Mara", "buy", "apple", "market")
         (Event("Mara", "get", "food", positive=False), replace(BOUGHT, positive=False), "entailment"),
         (replace(BOUGHT, positive=False), Event("Mara", "get", "food", positive=False), "neutral"),
         (replace(BOUGHT, positive=False), Event("Mara", "buy", "pear", "market"), "neutral"),
+        (State("horse", "red"), State("horse", "red"), "entailment"),
+        (State("horse", "red"), State("horse", "blue", False), "entailment"),
+        (State("horse", "red"), State("horse", "blue"), "contradiction"),
+        (State("horse", "red"), State("horse", "red", False), "contradiction"),
+        (State("horse", "red"), State("horse", "old"), "neutral"),
+        (State("horse", "red"), State("dog", "red", False), "neutral"),
+        (State("horse", "red", False), State("horse", "blue"), "neutral"),
+        (State("horse", "red", False), State("horse", "red"), "contradiction"),
+        (State("horse", "old", False), State("horse", "new"), "neutral"),
     ],
 )
 def test_what_follows_from_what(premise, hypothesis, label):
@@ -218,8 +227,8 @@ def test_labels_follow_from_the_meanings(split):
             (question,) = item.texts["question"]
             (answer,) = [event for event in item.texts["flores_passage"] if event.answers(question)]
             choices = [item.texts[f"mc_answer{i}"][0].concept for i in range(1, 5)]
-            part = {"who": answer.person, "what": answer.noun, "where": answer.place}[question.asks]
-            assert choices.index(part) + 1 == int(item.label)
+            part = {"what": answer.noun, "where": answer.place}[question.asks]
+            assert [is_a(part, choice) for choice in choices] == [i == int(item.label) for i in range(1, 5)]
 
 
 def test_some_words_are_not_learnt_from(split):
@@ -240,7 +249,9 @@ def test_nothing_is_read_off_the_surface(split, tmp_path):
     write_rows(tmp_path / "train", rows_of(task, train, ENGLISH, "train"))
     write_rows(tmp_path / "test", rows_of(task, test, ENGLISH, "test"))
     found = leaks(task, tmp_path / "train", tmp_path / "test")
-    assert (len(found) == 3) == (task.name != "reading")
+    assert len(found) == {"inference": 4, "sentiment": 3, "reading": 0}[task.name]
+    # Who is denied what says more than nothing of a pair: a polarity's own share of the labels.
+    assert 0.5 < found.pop("polarities and names", 0.55) < 0.72
     margin = 3 * (task.chance * (1 - task.chance) / len(test)) ** 0.5
     assert all(abs(accuracy - task.chance) < margin for accuracy in found.values()), found
 
@@ -267,4 +278,4 @@ def test_rows_are_those_of_the_presets_columns(split):
 def test_the_world_is_the_same_on_every_machine():
     texts = parallel_texts(corpora.parallel(50, "same"))
     every = json.dumps([texts, list(corpora.documents(50, "same"))], ensure_ascii=False)
-    assert hashlib.sha256(every.encode()).hexdigest()[:16] == "9c80a2c3b89a5609"
+    assert hashlib.sha256(every.encode()).hexdigest()[:16] == "45aae3d662329f9d"

@@ -24,17 +24,18 @@ from mtllm_fast.training.runs import write_json
 
 
 def costs_of(study: Study) -> dict[str, dict[str, Any]]:
-    """Of each task and main system, on rows of the first language that the MT model knows well."""
-    language, seed, found = study.preset.seen[0], study.preset.seeds[0], {}
+    """Of each task and main system, on as many rows of every language that the MT model knows."""
+    seed, found = study.preset.seeds[0], {}
     for task in study.tasks():
-        folder, rows = study.root / f"seed-{seed}" / task.name, study.rows(task, f"test-{language.name}")
-        teacher, mt = str(folder / "teacher" / "final"), str(study.root / "mt")
+        folder, mt = study.root / f"seed-{seed}" / task.name, str(study.root / "mt")
+        files = {language.code: study.rows(task, f"test-{language.name}") for language in study.preset.seen}
+        teacher = str(folder / "teacher" / "final")
         found[task.name] = {
-            MT_LLM: classifier_cost(str(folder / "student-both" / "final"), rows, language.code),
-            BEAM: translate_test_cost(teacher, mt, rows, language.code, 4),
-            GREEDY: translate_test_cost(teacher, mt, rows, language.code, 1),
-            ENCODER: classifier_cost(str(folder / "encoder" / "final"), rows, language.code),
-            ZERO_SHOT: classifier_cost(teacher, rows, language.code),
+            MT_LLM: classifier_cost(str(folder / "student-both" / "final"), files),
+            BEAM: translate_test_cost(teacher, mt, files, 4),
+            GREEDY: translate_test_cost(teacher, mt, files, 1),
+            ENCODER: classifier_cost(str(folder / "encoder" / "final"), files),
+            ZERO_SHOT: classifier_cost(teacher, files),
         }
     return found
 
@@ -51,15 +52,15 @@ def main(
         raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, got {preset!r}", param_hint="--preset")
     quiet(1)
     study, start = Study(output_dir, PRESETS[preset]), time.perf_counter()
-    output_dir.mkdir(parents=True, exist_ok=True)
     study.claim()
-    records, chosen = run(study, workers)
+    records = run(study, workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the commands choose
-    spent = study.spend(time.perf_counter() - start)
+    accounts = study.accounts()
     record = {
         "schema": 1, "benchmark": "transfer", "preset": preset, "paragraphs": study.preset.paragraphs, **facts(device),
-        "chance": {task.name: task.chance for task in study.tasks()}, "seconds": spent,
-        "backend": BACKEND.value(), "backends": dict(sorted(chosen.items())), "mt": study.mt_quality(),
+        "chance": {task.name: task.chance for task in study.tasks()}, "seconds": time.perf_counter() - start,
+        **accounts,
+        "backend": BACKEND.value(), "mt": study.mt_quality(),
         "leaks": {
             task.name: leaks(task, Path(study.rows(task, "train")), Path(study.rows(task, f"test-{ENGLISH.name}")))
             for task in study.tasks()
@@ -73,7 +74,7 @@ def main(
     report.plot_data(record, output_dir / "data.png")
     report.plot_costs(record, output_dir / "costs.png")
     print("\n".join(lines))
-    print(json.dumps({"leaks": record["leaks"], "mt": record["mt"], "seconds": spent}, indent=1))
+    print(json.dumps({"leaks": record["leaks"], "mt": record["mt"], "seconds": record["seconds"]}, indent=1))
 
 
 if __name__ == "__main__":

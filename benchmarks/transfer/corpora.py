@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from benchmarks.transfer import english
 from benchmarks.transfer.languages import AnyLanguage
-from benchmarks.transfer.world import GOOD, PEOPLE, Event, Meaning, Sampler, narrower, question_of
+from benchmarks.transfer.world import (
+    GOOD,
+    PEOPLE,
+    Event,
+    Joined,
+    Meaning,
+    Sampler,
+    State,
+    group_of,
+    narrower,
+    question_of,
+)
 
 
 def parallel(count: int, seed: str, long: float = 0.1) -> list[tuple[Meaning, ...]]:
@@ -37,8 +49,14 @@ def _facts(sampler: Sampler) -> list[str]:
 
 
 def _consequences(sampler: Sampler) -> list[str]:
-    """Something happened, so what is more general happened; or did not happen, so what is more special did not."""
+    """Something happened, so what is more general happened; or did not happen, so what is more special did not; or a
+    thing had a property, so it had no other of the kind."""
     draw, texts = sampler.random, []
+    if draw.random() < 0.3:
+        state = replace(sampler.state(), positive=True)
+        other = draw.choice([word for word in group_of(state.adjective) if word != state.adjective])
+        denied = State(state.noun, other, positive=False)
+        return [english.say(state, draw), f"so {english.say(denied, draw)}"]
     for _ in range(draw.choice((1, 2))):
         wide = sampler.event()
         wide = Event(wide.person, wide.verb, wide.noun, wide.place)
@@ -58,7 +76,8 @@ def _feelings(sampler: Sampler) -> list[str]:
     felt = draw.choice(("happy", "glad", "pleased") if opinion.favourable else ("angry", "sad", "upset"))
     person = draw.choice(PEOPLE)
     texts = [f"{english.say(opinion, draw)[:-1]}, so {person} was {felt}."]
-    both = sampler.joined()
+    first, second = sampler.opinion(), sampler.opinion()
+    both = Joined(first, replace(second, aspect=first.aspect))  # of one aspect, as no review of the task is
     if both.first.favourable == both.second.favourable:
         felt = draw.choice(("happy", "glad", "pleased") if both.first.favourable else ("angry", "sad", "upset"))
     else:

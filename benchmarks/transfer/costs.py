@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from mtllm_fast import MTLLM
-from mtllm_fast.evaluation.translate import Translator
+from mtllm_fast.evaluation.translate import Translator, in_english
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import Example, read_examples
 from mtllm_fast.tasks.model import Loaded, load_result
 from mtllm_fast.tasks.predict import predict
+from mtllm_fast.tasks.presets import Task
 from mtllm_fast.text.tokenization import tokenize
 
-_SAMPLE = 96
+_PER_LANGUAGE = 24
 
 
-def classifier_cost(result: str, rows: str, language: str) -> dict[str, float]:
+def examples_of(task: Task, files: Mapping[str, str], per_file: int) -> list[Example]:
+    """The first rows of every file: code -> path."""
+    return [e for code, file in files.items() for e in read_examples(file, task, language=code)[:per_file]]
+
+
+def classifier_cost(result: str, files: Mapping[str, str]) -> dict[str, float]:
     """Of a system that reads the rows as they are."""
     loaded = load_result(result)
-    examples = read_examples(rows, loaded.model.task, language=language)[:_SAMPLE]
+    examples = examples_of(loaded.model.task, files, _PER_LANGUAGE)
     return _cost(lambda: predict(loaded.model, _collator(loaded), examples), _flops(loaded, examples), len(examples))
 
 
-def translate_test_cost(teacher: str, translator: str, rows: str, language: str, beams: int) -> dict[str, float]:
+def translate_test_cost(teacher: str, translator: str, files: Mapping[str, str], beams: int) -> dict[str, float]:
     """Of the teacher on translations, none of them known before."""
     loaded = load_result(teacher)
-    examples = read_examples(rows, loaded.model.task, language=language)[:_SAMPLE]
-    english: list[Example] = []
+    examples = examples_of(loaded.model.task, files, _PER_LANGUAGE)
     translate = Translator(translator, num_beams=beams, max_new_tokens=160)
 
-    def run() -> None:
-        texts = [text for example in examples for text in (*example.text, *example.choices)]
-        translate._known.clear()
-        found = iter(translate(texts, [language] * len(texts)))
-        english[:] = [
-            replace(e, text=tuple(next(found) for _ in e.text), choices=tuple(next(found) for _ in e.choices))
-            for e in examples
-        ]
+    def run() -> list[Example]:
+        translate.forget()
+        english = in_english(examples, translate)
         predict(loaded.model, _collator(loaded), english)
+        return english
 
-    run()
+    english = run()
     flops = _flops(loaded, english) + _translation_flops(translate, examples, english, beams)
     return _cost(run, flops, len(examples))
 
@@ -89,17 +89,21 @@ def _linear(module: nn.Module) -> int:
 def _translation_flops(
     translate: Translator, examples: Sequence[Example], english: Sequence[Example], beams: int
 ) -> float:
-    """The encoder once; the decoder and its head per token that is generated and beam, with cached keys."""
+    """The encoder once; per beam the decoder and its head for each token it generates, and the source's keys."""
     model: Any = translate.model.model
     head, width = translate.model.lm_head.weight.numel(), model.config.d_model
-    total = 0.0
+    layers = model.decoder.layers
+    keys = sum(
+        part.weight.numel() for layer in layers for part in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
+    )
+    own, total = _linear(layers) - keys, 0.0
     for one, other in zip(examples, english, strict=True):
         sources = _tokens(translate, (*one.text, *one.choices), one.language)
         targets = _tokens(translate, (*other.text, *other.choices), translate.target)
         total += _tower_flops(model.encoder, sources)
         for source, target in zip(sources, targets, strict=True):
-            attention = 4.0 * width * len(model.decoder.layers) * (target / 2 + source)
-            total += beams * target * (2.0 * (_linear(model.decoder.layers) + head) + attention)
+            attention = 4.0 * width * len(layers) * (target / 2 + source)
+            total += beams * (target * (2.0 * (own + head) + attention) + source * 2.0 * keys)
     return total
 
 

@@ -90,7 +90,7 @@ def say(meaning: Meaning, draw: random.Random) -> str:
     if isinstance(meaning, Event):
         return _event(meaning, draw) + "."
     if isinstance(meaning, State):
-        return f"the {meaning.noun} was {meaning.adjective}."
+        return f"the {meaning.noun} was {'' if meaning.positive else 'not '}{meaning.adjective}."
     if isinstance(meaning, Opinion):
         return _opinion(meaning, draw) + "."
     assert isinstance(meaning, Joined)

@@ -47,24 +47,24 @@ def quiet(threads: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def job(study: Study, method: str, *args: Any) -> tuple[Any, Counter[str]]:
-    """What a method of the study returns, and the backends that served it."""
+def job(study: Study, method: str, *args: Any) -> Any:
+    """What a method of the study returns; the study notes how long it took, and the backends that served it."""
     start = time.perf_counter()
     with counting() as chosen:
         result = getattr(study, method)(*args)
-    logger.info("%s: %.0f s", " ".join(map(str, (method, *args))), time.perf_counter() - start)
-    return result, chosen
+    seconds, name = time.perf_counter() - start, "-".join(map(str, (method, *args)))
+    logger.info("%s: %.0f s", name, seconds)
+    study.account(name, seconds, chosen)
+    return result
 
 
-def run(study: Study, workers: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+def run(study: Study, workers: int) -> list[dict[str, Any]]:
     """Every phase, ``workers`` jobs at a time; the records of its last."""
     records: list[dict[str, Any]] = []
-    chosen: Counter[str] = Counter()
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=quiet, initargs=(threads,)) as pool:
         for jobs in study.phases():
-            for result, backends in [f.result() for f in [pool.submit(job, study, *one) for one in jobs]]:
-                records += result or []
-                chosen += backends
-    return records, chosen
+            for future in [pool.submit(job, study, *one) for one in jobs]:
+                records += future.result() or []
+    return records

@@ -72,7 +72,7 @@ class Language:
         elif isinstance(meaning, Joined):
             words, end = [*self._opinion(meaning.first), self._word("and"), *self._opinion(meaning.second)], "."
         elif isinstance(meaning, State):
-            words, end = self._predicate(self._word(meaning.noun), self._word(meaning.adjective), False), "."
+            words, end = self._predicate(meaning.noun, meaning.adjective, not meaning.positive), "."
         elif isinstance(meaning, Question):
             words, end = self._asked(meaning), "?"
         else:
@@ -115,15 +115,15 @@ class Language:
             return [place + self.words["+place"]]
         return [place, self._word("in")] if self.postpositions else [self._word("in"), place]
 
-    def _predicate(self, subject: str, adjective: str, negated: bool) -> list[str]:
+    def _predicate(self, noun: str, adjective: str, negated: bool) -> list[str]:
         if self.affixes:
             copula = [self._word("be") + (self.words["+not"] if negated else "") + self.words["+past"]]
         else:
             copula = [*([self._word("not")] if negated else []), self._word("be"), self.words["+past"]]
-        return self._arrange([subject], copula, [adjective])
+        return self._arrange([self._word(noun)], copula, [self._word(adjective)])
 
     def _opinion(self, opinion: Opinion) -> list[str]:
-        return self._predicate(self._word(opinion.aspect), self._word(opinion.adjective), opinion.negated)
+        return self._predicate(opinion.aspect, opinion.adjective, opinion.negated)
 
     def _asked(self, question: Question) -> list[str]:
         subject = self._word("who" if question.person is None else question.person)

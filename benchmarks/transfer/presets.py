@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.transfer.languages import BY_NAME, Language
 
@@ -62,20 +62,23 @@ class Preset:
 
     @property
     def unseen(self) -> tuple[Language, ...]:
-        return tuple(language for language in self.all_languages if not language.parallel)
+        """Read under a relative's code, or under the poorest's that there is."""
+        codes = [language.code for language in self.seen]
+        rest = (language for language in self.all_languages if not language.parallel)
+        return tuple(one if one.read_as in codes else replace(one, read_as=codes[-1]) for one in rest)
 
 
 PRESETS = {
     "micro": Preset(
         "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=600,
-        clm_steps=500, mntp_steps=100, simcse_steps=15, distill_steps=100, train_rows=900, test_rows=150,
-        epochs={"sentiment": 5}, seeds=(1,), tasks=("sentiment",), ablations=(), mt_vocabulary=1500,
+        clm_steps=500, mntp_steps=100, simcse_steps=15, distill_steps=100, train_rows=3000, test_rows=300,
+        epochs={"sentiment": 3}, seeds=(1,), tasks=("sentiment",), ablations=(), mt_vocabulary=1500,
         languages=("rich-svo", "rich-sov", "unseen"),
     ),
     "mini": Preset(
         "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=2500,
-        clm_steps=3500, mntp_steps=600, simcse_steps=40, distill_steps=400, train_rows=2400, test_rows=300,
-        epochs={"reading": 8, "inference": 8, "sentiment": 5}, seeds=(1, 2, 3), ablations=("sentiment",),
+        clm_steps=3500, mntp_steps=600, simcse_steps=40, distill_steps=400, train_rows=6000, test_rows=300,
+        epochs={"reading": 3, "inference": 4, "sentiment": 2}, seeds=(1, 2, 3), ablations=("sentiment",),
     ),
     "gpu": Preset(
         "gpu", paragraphs=20000, documents=30000, mt_width=256, mt_layers=4, llm_width=256, llm_layers=6,

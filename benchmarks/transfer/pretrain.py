@@ -85,7 +85,8 @@ def _translations(texts: dict[str, list[str]], count: int, draw: random.Random) 
     names = [name for name in texts if name != ENGLISH.code]
     weights = [len(texts[name]) ** 0.5 for name in names]
     for _ in range(count):
-        one, other = draw.choices(names, weights, k=2)
+        one = draw.choices(names, weights)[0]
+        other = draw.choice([name for name in names if name != one])
         pick = draw.random()
         source, target = (one, ENGLISH.code) if pick < 0.45 else (ENGLISH.code, one) if pick < 0.75 else (one, other)
         yield source, target, draw.randrange(min(len(texts[source]), len(texts[target])))
@@ -205,7 +206,11 @@ Collate = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 def _drawn(
     ids: Sequence[Tensor], steps: int, size: int, draw: random.Random, collate: Collate
 ) -> Iterator[dict[str, Tensor]]:
-    chosen = [draw.randrange(len(ids)) for _ in range(steps * size)]
+    """Batches of distinct texts, as a contrastive loss needs them: one permutation after another."""
+    chosen: list[int] = []
+    while len(chosen) < steps * size:
+        chosen += draw.sample(range(len(ids)), len(ids))
+    del chosen[steps * size :]
     for batch in _like_lengths([len(ids[i]) for i in chosen], size, draw):
         yield collate([ids[chosen[i]] for i in batch])
 

@@ -11,10 +11,13 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.transfer import corpora, english, pretrain
 from benchmarks.transfer.languages import ENGLISH
@@ -37,13 +40,16 @@ from mtllm_fast import (
     task_training_arguments,
     training_arguments,
 )
+from mtllm_fast.core.digests import digest
 from mtllm_fast.core.settings import BACKEND
 from mtllm_fast.evaluation.translate import Translator
+from mtllm_fast.tasks.examples import read_examples
 from mtllm_fast.training.checkpoints import begin, finish
 from mtllm_fast.training.runs import write_json
 
 logger = logging.getLogger("mtllm_fast")
 
+_MAX_NEW = 160  # tokens of a translation
 WORLD = "world-1"  # the seed of everything that all seeds share: data, MT model, LLM
 # Stage 1: what differs from both losses, from least squares.
 STAGE_1 = {
@@ -77,6 +83,7 @@ class Study:
         return [
             [("make_data",)], [("make_mt",), ("make_llm",)],
             [("make_stack", seed, name) for seed in seeds for name in stage_1],
+            [("translate", task, beams) for task in self.preset.tasks for beams in (4, 1)],
             [("run_task", seed, task) for task in self.preset.tasks for seed in seeds],
         ]  # fmt: skip
 
@@ -84,28 +91,39 @@ class Study:
         """Take the folder.
 
         Raises:
-            FileExistsError: it holds a study of other sizes, or with other backends.
+            FileExistsError: it holds a study of other sizes, of another version of this code, or on other backends.
         """
-        settings = {"preset": json.loads(json.dumps(asdict(self.preset))), "world": WORLD, "backend": BACKEND.value()}
+        code = {file.name: digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = {"preset": asdict(self.preset), "world": WORLD, "backend": BACKEND.value(), "device": device}
+        settings = json.loads(json.dumps({**settings, "code": code}))
+        self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / "study.json"
         if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
             raise FileExistsError(f"{self.root} holds another study: choose another output_dir")
         write_json(file, settings)
 
-    def spend(self, seconds: float) -> float:
-        """Add to what the runs in this folder took; a run that was killed is not in it."""
-        file = self.root / "seconds.json"
-        total = seconds + (json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0.0)
-        write_json(file, total)
-        return total
+    def account(self, name: str, seconds: float, backends: Mapping[str, int]) -> None:
+        """Note of a job how long it took and which backends served it; of one that was done before, nothing."""
+        file = self.root / "jobs" / f"{name}.json"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"seconds": seconds, "backends": dict(backends)})
+
+    def accounts(self) -> dict[str, Any]:
+        """``seconds`` of each job, and how often each ``backend`` of each op was chosen in all."""
+        jobs = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((self.root / "jobs").glob("*.json"))}
+        chosen = sum((Counter(one["backends"]) for one in jobs.values()), Counter())
+        seconds = {name: one["seconds"] for name, one in jobs.items()}
+        return {"job_seconds": seconds, "backends": dict(sorted(chosen.items()))}
 
     def mt_quality(self, count: int = 60) -> dict[str, float]:
         """Of each language that the MT model saw: the share of sentences whose translation is one of the wordings that
         English has for it; sentences that are in no training text."""
-        known = {repr(paragraph) for paragraph in corpora.parallel(self.preset.paragraphs, WORLD)}
-        new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and repr(p) not in known)
+        known = {meaning for paragraph in corpora.parallel(self.preset.paragraphs, WORLD) for meaning in paragraph}
+        new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and p[0] not in known)
         sentences = list(itertools.islice(new, count))
-        translate = Translator(str(self.root / "mt"), max_new_tokens=160)
+        translate = Translator(str(self.root / "mt"), max_new_tokens=_MAX_NEW)
         quality = {}
         for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
@@ -233,13 +251,30 @@ class Study:
 
     # Evaluation
 
+    def _groups(self) -> list[dict[str, str]]:
+        """Codes and the languages read under them: what the MT model saw, and what is read under a relative's code."""
+        seen = {ENGLISH.code: ENGLISH.name, **{language.code: language.name for language in self.preset.seen}}
+        return [seen, {str(language.read_as): language.name for language in self.preset.unseen}]
+
+    def _translations(self, task: WorldTask, beams: int) -> str:
+        return str(self.root / f"translations-{task.name}-{beams}.jsonl")
+
+    def translate(self, name: str, beams: int) -> None:
+        """The tests' translations, which do not depend on a seed; ``evaluate`` takes them from their file."""
+        task = TASKS[name]
+        translate = Translator(
+            str(self.root / "mt"), num_beams=beams, max_new_tokens=_MAX_NEW, cache=self._translations(task, beams)
+        )
+        resolved = FinetuneArguments(task=task.preset).resolve()
+        for group in self._groups():
+            for code, language in group.items():
+                examples = read_examples(self.rows(task, f"test-{language}"), resolved, language=code)
+                texts = [text for example in examples for text in (*example.text, *example.choices)]
+                translate(texts, [code] * len(texts))
+
     def _evaluate(self, seed: int, task: WorldTask, run: Run) -> Iterator[dict[str, Any]]:
         """A record per system and language. A language that the MT model never saw is read under a relative's code."""
-        groups: dict[str, dict[str, str]] = {
-            "seen": {ENGLISH.code: ENGLISH.name, **{language.code: language.name for language in self.preset.seen}},
-            "unseen": {str(language.read_as): language.name for language in self.preset.unseen},
-        }
-        for group, names in groups.items():
+        for group, names in zip(("seen", "unseen"), self._groups(), strict=True):
             if not names:
                 continue
             folder = self.root / f"seed-{seed}" / task.name / "evaluation" / f"{run.name}-{group}"
@@ -255,10 +290,9 @@ class Study:
     def _results(self, folder: Path, task: WorldTask, names: dict[str, str], models: dict[str, Any]) -> Any:
         if not (folder / "results.json").exists():
             data = [f"{code}={self.rows(task, f'test-{name}')}" for code, name in names.items()]
-            translations = str(self.root / f"translations-{task.name}.jsonl")  # a key has all that they depend on
-            evaluate(
-                EvaluateArguments(data, output_dir=str(folder), max_new_tokens=160, translations=translations, **models)
-            )
+            if "translator" in models:
+                models = {**models, "translations": self._translations(task, models.get("num_beams", 1))}
+            evaluate(EvaluateArguments(data, output_dir=str(folder), max_new_tokens=_MAX_NEW, **models))
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
     # Folders

@@ -17,6 +17,7 @@ from benchmarks.transfer.corpora import say_all
 from benchmarks.transfer.languages import AnyLanguage
 from benchmarks.transfer.world import (
     ALL_VERBS,
+    EXCLUSIVE,
     KINDS,
     PARENT,
     PEOPLE,
@@ -26,6 +27,7 @@ from benchmarks.transfer.world import (
     Meaning,
     Phrase,
     Sampler,
+    State,
     is_a,
     narrower,
     question_of,
@@ -36,6 +38,7 @@ from benchmarks.transfer.world import (
 
 INFERENCE_LABELS = ("entailment", "neutral", "contradiction")
 SENTIMENT_LABELS = ("negative", "neutral", "positive")
+_EXCLUDED = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -63,35 +66,56 @@ class WorldTask:
 
 
 def inference(sampler: Sampler) -> list[Item]:
-    """Three pairs with one hypothesis; the premises come from one distribution too, given what they deny."""
-    hypothesis, items = _hypothesis(sampler), []
-    for label in INFERENCE_LABELS:
-        premise = _premise(hypothesis, label, sampler)
+    """Three pairs with one hypothesis, on happenings or on properties. Polarity alone says some of it (``leaks``)."""
+    hypothesis, premises = (_events if sampler.random.random() < 0.5 else _states)(sampler)
+    items = []
+    for label, premise in premises.items():
         assert relation(premise, hypothesis) == label
         items.append(Item({"premise": (premise,), "hypothesis": (hypothesis,)}, label))
     return items
 
 
-def _hypothesis(sampler: Sampler) -> Event:
-    """Of middling generality, so that premises can be more special and more general."""
+def _events(sampler: Sampler) -> tuple[Event, dict[str, Event]]:
+    """A hypothesis of middling generality, so that premises can be more special and more general."""
     draw = sampler.random
     place = draw.choice((*sampler.places, *PLACES)) if draw.random() < 0.5 else None
-    kinds = tuple(KINDS)
-    return Event(
-        draw.choice(PEOPLE), draw.choice(ALL_VERBS), draw.choice(kinds), place, positive=draw.random() < 0.5
-    )  # fmt: skip
+    person, verb, kind = draw.choice(PEOPLE), draw.choice(ALL_VERBS), draw.choice(tuple(KINDS))
+    hypothesis = Event(person, verb, kind, place, positive=draw.random() < 0.5)
+    return hypothesis, {label: _premise(hypothesis, label, sampler) for label in INFERENCE_LABELS}
 
 
 def _premise(hypothesis: Event, label: str, sampler: Sampler) -> Event:
-    """More special than the hypothesis if affirmed, more general if denied; a neutral one has another part."""
+    """More special than the hypothesis if affirmed, more general if denied; a neutral one has another part, or is the
+    wrong way round."""
     draw = sampler.random
-    positive = {"entailment": hypothesis.positive, "contradiction": not hypothesis.positive}.get(
-        label, draw.random() < 0.5
-    )
-    about = replace(hypothesis, positive=positive)
+    follows = {"entailment": hypothesis.positive, "contradiction": not hypothesis.positive}
+    about = replace(hypothesis, positive=follows.get(label, draw.random() < 0.5))
+    special = about.positive
     if label == "neutral":
-        about = _other(about, sampler)
-    return narrower(about, draw, sampler) if positive else wider(about, draw)
+        if draw.random() < 0.3:
+            special = not special
+        else:
+            about = _other(about, sampler)
+    return narrower(about, draw, sampler) if special else wider(about, draw)
+
+
+def _states(sampler: Sampler) -> tuple[State, dict[str, State]]:
+    """What follows from a property is often denied, and what contradicts it affirmed: another one of its group."""
+    draw = sampler.random
+    noun, group, positive = draw.choice(sampler.nouns), draw.choice(EXCLUSIVE), draw.random() < 0.5
+    hypothesis = State(noun, draw.choice(group), positive)
+    exclusive = State(noun, draw.choice([word for word in group if word != hypothesis.adjective]))
+    same, opposite = hypothesis, replace(hypothesis, positive=not positive)
+    entails = exclusive if not positive and draw.random() < _EXCLUDED else same
+    contradicts = exclusive if positive and draw.random() < _EXCLUDED else opposite
+    affirmed = draw.random() < (1 + _EXCLUDED) / 2  # as often as those two are
+    if draw.random() < 0.5:
+        others = [word for other in EXCLUSIVE if other is not group for word in [draw.choice(other)]]
+        neutral = State(noun, draw.choice(others), affirmed)
+    else:
+        word = draw.choice((hypothesis.adjective, exclusive.adjective))
+        neutral = State(draw.choice([other for other in sampler.nouns if other != noun]), word, affirmed)
+    return hypothesis, dict(zip(INFERENCE_LABELS, (entails, neutral, contradicts), strict=True))
 
 
 def _other(event: Event, sampler: Sampler) -> Event:
@@ -128,24 +152,25 @@ def reviews(sampler: Sampler) -> list[Item]:
 
 
 def reading(sampler: Sampler) -> list[Item]:
-    """Four happenings and a question that one of them answers; all choices are in the text, the right one anywhere."""
+    """Two happenings, a question on one of them, and four kinds of things (or places) as answers, two of them of what
+    happened. No answer is in the text in its own words: who knows what is of which kind gets every second one
+    right, who also knows which happening is asked about all of them."""
     draw = sampler.random
-    while True:
-        asks = draw.choice(("who", "what", "where"))
-        events = [_told(sampler, person, asks == "where") for person in draw.sample(PEOPLE, 4)]
-        asked = draw.choice(events)
-        verb = PARENT.get(asked.verb, asked.verb) if draw.random() < 0.5 else asked.verb
-        noun = PARENT[asked.noun] if draw.random() < 0.5 else asked.noun
-        question = question_of(asked, asks, verb, noun)
-        part = {"who": "person", "what": "noun", "where": "place"}[asks]
-        choices = [str(getattr(event, part)) for event in events]
-        if len(set(choices)) == 4 and sum(event.answers(question) for event in events) == 1:
-            break
-    right = str(getattr(asked, part))
+    asks = draw.choice(("what", "where"))
+    part, kinds = ("noun", tuple(KINDS)) if asks == "what" else ("place", tuple(PLACES))
+    people = draw.sample(PEOPLE, 2)
+    events = [_told(sampler, person, asks == "where") for person in people]
+    answers = [PARENT[getattr(event, part)] for event in events]
+    if answers[0] == answers[1]:
+        return reading(sampler)
+    question = question_of(events[0], asks)
+    others = draw.sample([kind for kind in kinds if kind not in answers], 2)
+    choices = [*answers, *others]
     draw.shuffle(choices)
+    draw.shuffle(events)
     texts: dict[str, tuple[Meaning, ...]] = {"flores_passage": tuple(events), "question": (question,)}
     texts |= {f"mc_answer{i}": (Phrase(choice),) for i, choice in enumerate(choices, 1)}
-    return [Item(texts, str(choices.index(right) + 1))]
+    return [Item(texts, str(choices.index(answers[0]) + 1))]
 
 
 def _told(sampler: Sampler, person: str, somewhere: bool) -> Event:
@@ -165,14 +190,19 @@ TASKS = {
 
 
 def items_of(task: WorldTask, split: str, count: int, seed: str, other_than: Sequence[Item] = ()) -> list[Item]:
-    """``count`` items of different meanings, none of which is among ``other_than``."""
+    """``count`` items of different meanings, none of which is among ``other_than``.
+
+    What is drawn together, one of each label, stays together: were only the known one left out, labels would lean to
+    those that repeat less.
+    """
     sampler = Sampler(f"{seed} {task.name} {split}", learning=split == "train")
     seen = {item.key for item in other_than}
     items: list[Item] = []
     while len(items) < count:
-        new = [item for item in task.draw(sampler) if item.key not in seen]
-        seen.update(item.key for item in new)
-        items += new
+        drawn = task.draw(sampler)
+        if not any(item.key in seen for item in drawn):
+            seen.update(item.key for item in drawn)
+            items += drawn
     return items[:count]
 
 

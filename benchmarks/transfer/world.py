@@ -56,7 +56,9 @@ BAD = (
     "hideous", "vile", "dull", "miserable", "wretched", "foul",
 )  # fmt: skip
 ASPECTS = ("soup", "room", "song", "story", "garden", "view", "bed", "music", "service", "wine")
-PROPERTIES = ("red", "blue", "green", "white", "black", "old", "new", "big", "small", "heavy")
+# What has one property of a group has none of the others; it may have none at all.
+EXCLUSIVE = (("red", "blue", "green", "white", "black"), ("old", "new"), ("big", "small"), ("heavy", "light"))
+PROPERTIES = tuple(word for group in EXCLUSIVE for word in group)
 NUMBERS = (2, 3, 4, 5, 6)
 
 PARENT = {
@@ -103,10 +105,11 @@ class Opinion:
 
 @dataclass(frozen=True)
 class State:
-    """A thing has a property."""
+    """A thing has a property or, not ``positive``, has not."""
 
     noun: str
     adjective: str
+    positive: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,16 @@ def within(narrow: Event, wide: Event) -> bool:
     return parts_hold and (wide.place is None or (narrow.place is not None and is_a(narrow.place, wide.place)))
 
 
-def relation(premise: Event, hypothesis: Event) -> str:
+def relation(premise: Event | State, hypothesis: Event | State) -> str:
     """``entailment``, ``contradiction`` or ``neutral``, by the logic of the two.
 
-    Of what happened follows what is more general; of what did not, what is more special did not either.
+    Of what happened follows what is more general; of what did not, what is more special did not either. Who has a
+    property has no other of its group.
     """
+    if isinstance(premise, State) and isinstance(hypothesis, State):
+        return _of_states(premise, hypothesis)
+    if not (isinstance(premise, Event) and isinstance(hypothesis, Event)):
+        return "neutral"
     if premise.positive:
         if within(premise, hypothesis):
             return "entailment" if hypothesis.positive else "contradiction"
@@ -163,6 +171,22 @@ def relation(premise: Event, hypothesis: Event) -> str:
     if within(hypothesis, premise):
         return "contradiction" if hypothesis.positive else "entailment"
     return "neutral"
+
+
+def _of_states(premise: State, hypothesis: State) -> str:
+    alike = ("contradiction", "entailment")
+    if premise.noun != hypothesis.noun:
+        return "neutral"
+    if premise.adjective == hypothesis.adjective:
+        return alike[premise.positive == hypothesis.positive]
+    if premise.positive and group_of(premise.adjective) == group_of(hypothesis.adjective):
+        return alike[not hypothesis.positive]
+    return "neutral"
+
+
+def group_of(adjective: str) -> tuple[str, ...]:
+    """The properties of which a thing has one at most."""
+    return next(group for group in EXCLUSIVE if adjective in group)
 
 
 def sentiment(text: Joined) -> str:
@@ -212,7 +236,7 @@ class Sampler:
         return Joined(one, other)
 
     def state(self) -> State:
-        return State(self.noun(), self.random.choice(PROPERTIES))
+        return State(self.noun(), self.random.choice(PROPERTIES), self.random.random() < 0.6)
 
     def question(self) -> Question:
         event, asks = self.event(), self.random.choice(("who", "what", "where"))

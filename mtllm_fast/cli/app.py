@@ -95,7 +95,10 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Labelled rows: LANGUAGE=FILE, or files with --lang-column; several.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="System mt-llm: OUTPUT_DIR/final of distill-task.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(help="System mt-llm (or encoder): OUTPUT_DIR/final of distill-task or finetune."),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="System zero-shot: OUTPUT_DIR/final of finetune.")] = None,
     translator: Annotated[
         str | None, typer.Option(help="System translate-test: an NLLB model, whose English the teacher reads.")

@@ -21,12 +21,12 @@ def digest(path: str | os.PathLike[str]) -> str:
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's size and of 256 blocks of 4 KiB, evenly spread: of corpora and weights, which are large.
 
-    Files of up to 1 MiB are read whole. Of a folder: of its ``.json``, ``.safetensors`` and ``.model`` files.
+    Files of up to 1 MiB are read whole. Of a model's folder: of its weights, configuration and tokenizer.
     """
     path = Path(path)
     result = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors", ".model")):
+        for file in sorted(f for f in path.iterdir() if _of_model(f)):
             result.update(f"{file.name} {fingerprint(file)}\n".encode())
         return result.hexdigest()
     size = path.stat().st_size
@@ -38,7 +38,13 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return result.hexdigest()
 
 
+def _of_model(file: Path) -> bool:
+    names = ("config.json", "tokenizer", "vocab", "merges", "special_tokens")
+    return file.suffix in (".safetensors", ".bin", ".model") or file.name.startswith(names)
+
+
 def contents(**paths: str | os.PathLike[str] | None) -> dict[str, str]:
-    """For the settings of a run: digests of files, fingerprints of folders; nothing of what is None or a hub's id."""
-    found = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).exists()}
+    """For the settings of a run: digests of files, fingerprints of folders; nothing of what is None, a hub's id or the
+    embedded ``"tiny"``."""
+    found = {name: Path(path) for name, path in paths.items() if path not in (None, "tiny") and Path(path).exists()}
     return {f"contents of {name}": fingerprint(p) if p.is_dir() else digest(p) for name, p in found.items()}

@@ -6,14 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mtllm_fast import __version__
 from mtllm_fast.core.digests import digest
 from mtllm_fast.evaluation.metrics import by_language, read_predictions
-from mtllm_fast.evaluation.translate import Translator
+from mtllm_fast.evaluation.translate import Translator, in_english
 from mtllm_fast.tasks.collators import TaskCollator
 from mtllm_fast.tasks.examples import Example, read_examples
 from mtllm_fast.tasks.model import load_result, read_facts
@@ -105,6 +105,8 @@ def _task(arguments: EvaluateArguments) -> Task:
         raise ValueError("no system: give student (of distill-task), teacher (of finetune), or both")
     if arguments.translator is not None and arguments.teacher is None:
         raise ValueError("a translator needs a teacher, which reads the translations")
+    if arguments.translations is not None and arguments.translator is None:
+        raise ValueError("translations are a translator's: give translator too")
     tasks = [Task.from_dict(read_facts(folder)["task"]) for folder in folders]
     for name in ("kind", "labels", "text", "choices", "label"):
         if len({getattr(task, name) for task in tasks}) > 1:
@@ -163,12 +165,7 @@ def _translate_and_predict(arguments: EvaluateArguments, folder: Path, examples:
         str(arguments.translator), num_beams=arguments.num_beams, max_new_tokens=arguments.max_new_tokens,
         cache=arguments.translations or folder / "translations.jsonl", dtype=arguments.dtype, device=arguments.device,
     )  # fmt: skip
-    parts = [(i, text) for i, example in enumerate(examples) for text in (*example.text, *example.choices)]
-    found = iter(translate([text for _, text in parts], [examples[i].language for i, _ in parts]))
-    english = []
-    for example in examples:
-        text = tuple(next(found) for _ in example.text)
-        english.append(replace(example, text=text, choices=tuple(next(found) for _ in example.choices)))
+    english = in_english(examples, translate)
     del translate
     _predict(arguments, str(arguments.teacher), english, out)
 

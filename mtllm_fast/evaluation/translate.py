@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSeq2SeqLM
 
 from mtllm_fast.core.errors import BatchTooLargeError, UnknownLanguageError
+from mtllm_fast.tasks.examples import Example
 from mtllm_fast.text.languages import resolve_language
 from mtllm_fast.text.tokenization import load_tokenizer, tokenize
 
@@ -33,7 +35,8 @@ class Translator:
         num_beams: 1: greedy.
         max_new_tokens: most tokens of a translation.
         max_length: most tokens of a text.
-        cache: file; None: nothing is kept.
+        cache: file, of one process at a time; None: nothing is kept.
+        device: default: a GPU if there is one.
 
     Raises:
         UnknownLanguageError: the tokenizer lacks ``target``.
@@ -56,7 +59,8 @@ class Translator:
             raise ValueError(f"num_beams and max_new_tokens must be at least 1, got {num_beams} and {max_new_tokens}")
         self.target, self.num_beams, self.max_length = resolve_language(target), num_beams, max_length
         self.max_new_tokens = max_new_tokens
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=dtype).eval()
+        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(model)
         self._bos = self.tokenizer.backend_tokenizer.token_to_id(self.target)
         if self._bos is None:
@@ -118,6 +122,10 @@ class Translator:
             ) from error
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
+    def forget(self) -> None:
+        """Translate everything anew; the file is left as it is."""
+        self._known = {}
+
     def _key(self, text: str, language: str) -> str:
         return hashlib.sha256(f"{self._options}\0{language}\0{text}".encode()).hexdigest()
 
@@ -129,6 +137,17 @@ class Translator:
                 file.writelines(json.dumps({"key": k, "text": t}, ensure_ascii=False) + "\n" for k, t in found.items())
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def in_english(examples: Sequence[Example], translate: Translator) -> list[Example]:
+    """Examples with all their texts translated. An empty choice reads "None", as in rows that have such."""
+    parts = [(i, text) for i, example in enumerate(examples) for text in (*example.text, *example.choices)]
+    found = iter(translate([text for _, text in parts], [examples[i].language for i, _ in parts]))
+    english = []
+    for example in examples:
+        text = tuple(next(found) for _ in example.text)
+        english.append(replace(example, text=text, choices=tuple(next(found) or "None" for _ in example.choices)))
+    return english
 
 
 def _fingerprint(model: Any) -> str:

@@ -57,6 +57,8 @@ class FinetuneArguments(LoraArguments, TaskArguments):
         given = [name for name in ("model", "encoder") if getattr(self, name) is not None]
         if len(given) + (self.llm != "tiny") > 1:
             raise ValueError(f"give one of llm, model and encoder; {', '.join(given)} and llm={self.llm!r} came")
+        if given and self.llm_tokenizer is not None:
+            raise ValueError(f"llm_tokenizer is an LLM's: {given[0]} brings its own")
         if self.model is not None:
             return Base("stack", self.model, None)
         if self.encoder is not None:
