@@ -1,72 +1,27 @@
-"""The transfer study as a whole: the micro preset does what it says, and a study comes out the same twice."""
+"""The transfer study as a whole, far too small to learn anything: every part runs, and comes out the same twice."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.transfer.costs import costs_of
 from benchmarks.transfer.jobs import job
 from benchmarks.transfer.languages import ENGLISH
 from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
 from benchmarks.transfer.presets import PRESETS
-from benchmarks.transfer.report import interval, summarise, summary, table
+from benchmarks.transfer.report import interval, plot_costs, plot_data, summarise, summary, table
 from benchmarks.transfer.study import Study
-
-ROOT = Path(__file__).parents[1]
-# Of micro, and near enough: MT-LLM's least lead over chance on languages that the MT model knows, and the LLM's most
-# on their texts, of which it knows no word. 300 rows have a deviation of 0.027, and are the same in two languages.
-LEAD, NEAR = 0.15, 0.1
 
 NANO = dataclasses.replace(
     PRESETS["micro"], paragraphs=200, documents=200, mt_width=32, mt_layers=1, llm_width=32, llm_layers=1, mt_steps=4,
     clm_steps=4, mntp_steps=2, simcse_steps=2, distill_steps=3, train_rows=60, test_rows=30, dev_rows=30,
     epochs={"sentiment": 1}, mt_vocabulary=600, llm_vocabulary=600,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("micro")
-    command = [sys.executable, "-m", "benchmarks.transfer", "--preset", "micro", "--output-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.slow
-def test_micro_beats_chance_where_it_should(micro):
-    record = json.loads((micro / "report.json").read_text())
-    found = {(row["system"], row["languages"]): row["mean"] for row in record["accuracy"]}
-    chance = record["chance"]["sentiment"]
-    assert found[MT_LLM, "English"] > chance + LEAD
-    assert found[MT_LLM, "seen"] > chance + LEAD
-    assert abs(found[ZERO_SHOT, "seen"] - chance) < NEAR
-    assert record["preset"] == "micro"
-    assert {system for system, _ in found} == {ZERO_SHOT, GREEDY, BEAM, ENCODER, MT_LLM}
-    assert all(abs(accuracy - chance) < 0.1 for accuracy in record["leaks"]["sentiment"].values())
-    fused = [name for name in record["backends"] if not name.endswith(": reference")]
-    assert fused, record["backends"]
-    costs = record["costs"]["sentiment"]
-    assert costs[MT_LLM]["mflop_per_row"] < costs[GREEDY]["mflop_per_row"] < costs[BEAM]["mflop_per_row"]
-    for name in ("data.png", "costs.png"):
-        assert (micro / name).stat().st_size > 5000
-    assert "| MT-LLM |" in (micro / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_folder_belongs_to_one_study(micro):
-    command = [sys.executable, "-m", "benchmarks.transfer", "--preset", "mini", "--output-dir", str(micro)]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert refused.returncode != 0
-    assert "holds another study" in refused.stderr
 
 
 def run(folder):
@@ -146,3 +101,39 @@ def test_a_summary_is_of_means_over_languages_and_seeds():
     record = {"accuracy": summarise(records), "chance": {"sentiment": 1 / 3}, "costs": {"sentiment": {}}}
     assert summary(record)[-1] == "| MT-LLM | 70.0 ± 127.1 | – |"
     assert table(record)[4].startswith("| MT-LLM | 70.0 ± 127.1 |")
+
+
+def test_a_folder_belongs_to_one_study(twice):
+    study, _ = twice[0]
+    with pytest.raises(FileExistsError, match="holds another study"):
+        Study(study.root, dataclasses.replace(NANO, mt_steps=5)).claim()
+
+
+def test_backends_and_seconds_of_every_job_are_kept(twice):
+    study, _ = twice[0]
+    accounts = study.accounts()
+    jobs = {"-".join(map(str, one)) for phase in study.phases() for one in phase}
+    assert set(accounts["job_seconds"]) == jobs
+    chosen = {name.split(": ")[0] for name in accounts["backends"]}
+    assert chosen >= {"distillation_loss", "varlen_attention", "rms_norm", "lora_linear"}
+
+
+def test_costs_and_plots_are_of_the_studys_own_systems(twice, tmp_path):
+    study, records = twice[0]
+    costs = costs_of(study)
+    found = costs["sentiment"]
+    assert set(found) == {ZERO_SHOT, GREEDY, BEAM, ENCODER, MT_LLM}
+    assert found[ENCODER]["mflop_per_row"] < found[MT_LLM]["mflop_per_row"]
+    assert found[ZERO_SHOT]["mflop_per_row"] < found[BEAM]["mflop_per_row"]
+    assert all(cost["rows_per_second"] > 0 for cost in found.values())
+    record = {
+        "accuracy": summarise(records), "chance": {"sentiment": 1 / 3}, "costs": costs, "paragraphs": NANO.paragraphs
+    }  # fmt: skip
+    for plot in (plot_data, plot_costs):
+        plot(record, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_mt_models_quality_is_a_share_of_every_language(twice):
+    quality = twice[0][0].mt_quality(4)
+    assert quality == {"rich-svo": 0.0, "rich-sov": 0.0}  # after four steps

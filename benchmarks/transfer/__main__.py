@@ -5,39 +5,21 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks.transfer import report
-from benchmarks.transfer.costs import classifier_cost, translate_test_cost
+from benchmarks.transfer.costs import costs_of
 from benchmarks.transfer.jobs import quiet, run
 from benchmarks.transfer.languages import ENGLISH
 from benchmarks.transfer.leaks import leaks
-from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
 from benchmarks.transfer.presets import PRESETS
 from benchmarks.transfer.study import Study
 from mtllm_fast.bench.facts import facts
 from mtllm_fast.core.settings import BACKEND
 from mtllm_fast.training.runs import write_json
-
-
-def costs_of(study: Study) -> dict[str, dict[str, Any]]:
-    """Of each task and main system, on as many rows of every language that the MT model knows."""
-    seed, found = study.preset.seeds[0], {}
-    for task in study.tasks():
-        folder, mt = study.root / f"seed-{seed}" / task.name, str(study.root / "mt")
-        files = {language.code: study.rows(task, f"test-{language.name}") for language in study.preset.seen}
-        teacher = str(folder / "teacher" / "final")
-        found[task.name] = {
-            MT_LLM: classifier_cost(str(folder / "student-both" / "final"), files),
-            BEAM: translate_test_cost(teacher, mt, files, 4),
-            GREEDY: translate_test_cost(teacher, mt, files, 1),
-            ENCODER: classifier_cost(str(folder / "encoder" / "final"), files),
-            ZERO_SHOT: classifier_cost(teacher, files),
-        }
-    return found
 
 
 def main(

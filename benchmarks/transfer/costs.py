@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
+from benchmarks.transfer.study import Study
 from mtllm_fast import MTLLM
 from mtllm_fast.evaluation.translate import Translator, in_english
 from mtllm_fast.tasks.collators import TaskCollator
@@ -18,6 +20,23 @@ from mtllm_fast.tasks.presets import Task
 from mtllm_fast.text.tokenization import tokenize
 
 _PER_LANGUAGE = 24
+
+
+def costs_of(study: Study) -> dict[str, dict[str, Any]]:
+    """Of each task and main system, on as many rows of every language that the MT model knows."""
+    seed, found = study.preset.seeds[0], {}
+    for task in study.tasks():
+        folder, mt = study.root / f"seed-{seed}" / task.name, str(study.root / "mt")
+        files = {language.code: study.rows(task, f"test-{language.name}") for language in study.preset.seen}
+        teacher = str(folder / "teacher" / "final")
+        found[task.name] = {
+            MT_LLM: classifier_cost(str(folder / "student-both" / "final"), files),
+            BEAM: translate_test_cost(teacher, mt, files, 4),
+            GREEDY: translate_test_cost(teacher, mt, files, 1),
+            ENCODER: classifier_cost(str(folder / "encoder" / "final"), files),
+            ZERO_SHOT: classifier_cost(teacher, files),
+        }
+    return found
 
 
 def examples_of(task: Task, files: Mapping[str, str], per_file: int) -> list[Example]:
