@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -137,3 +143,39 @@ def test_costs_and_plots_are_of_the_studys_own_systems(twice, tmp_path):
 def test_the_mt_models_quality_is_a_share_of_every_language(twice):
     quality = twice[0][0].mt_quality(4)
     assert quality == {"rich-svo": 0.0, "rich-sov": 0.0}  # after four steps
+
+
+def test_workers_end_with_a_study_that_is_killed():
+    """Their one job would take an hour."""
+    program = (
+        "import multiprocessing, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from benchmarks.transfer.jobs import start_worker\n"
+        "import os\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=start_worker, initargs=(1,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 3600).result()\n"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as study:
+        assert study.stdout is not None
+        worker = int(study.stdout.readline())
+        os.kill(worker, 0)
+        study.kill()
+    for _ in range(100):
+        if not alive(worker):
+            return
+        time.sleep(0.2)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its study by 20 seconds")
+
+
+def alive(process):
+    """Whether it runs; one that has ended and that nobody has asked after does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

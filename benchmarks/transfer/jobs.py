@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +40,24 @@ def counting() -> Iterator[Counter[str]]:
         Backends.choose = choose  # type: ignore[method-assign]
 
 
+def end_with_parent() -> None:
+    """Of a worker: end when the study is killed, or its job would go on writing into the folder of the next one."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker(threads: int) -> None:
+    """Before a worker's first job."""
+    end_with_parent()
+    quiet(threads)
+
+
 def quiet(threads: int) -> None:
     """Of a process that works: its share of the cores; small models are slower on two threads than on one."""
     torch.set_num_threads(threads)
@@ -63,7 +82,7 @@ def run(study: Study, workers: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=quiet, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(threads,)) as pool:
         for jobs in study.phases():
             for future in [pool.submit(job, study, *one) for one in jobs]:
                 records += future.result() or []
