@@ -70,10 +70,10 @@ class Preset:
 
 PRESETS = {
     "micro": Preset(
-        "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=600,
+        "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=1500,
         clm_steps=500, mntp_steps=100, simcse_steps=15, distill_steps=100, train_rows=3000, test_rows=300,
         epochs={"sentiment": 3}, seeds=(1,), tasks=("sentiment",), ablations=(), mt_vocabulary=1500,
-        languages=("rich-svo", "rich-sov", "unseen"),
+        languages=("rich-svo", "rich-sov", "unseen"), mt_batch=32,
     ),
     "mini": Preset(
         "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=2500,

@@ -91,7 +91,7 @@ def _directions(texts: dict[str, list[str]], count: int, draw: random.Random) ->
     weights = [len(texts[name]) ** 0.5 for name in names]
     for _ in range(count):
         one = draw.choices(names, weights)[0]
-        other = draw.choice([name for name in names if name != one])
+        other = draw.choice([name for name in names if name != one] or [one])
         pairs = ((one, ENGLISH.code), (ENGLISH.code, one), (one, other), (ENGLISH.code, ENGLISH.code), (one, one))
         source, target = draw.choices(pairs, (40, 20, 15, 15, 10))[0]
         yield source, target, draw.randrange(min(len(texts[source]), len(texts[target])))
