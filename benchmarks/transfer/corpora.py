@@ -22,11 +22,11 @@ from benchmarks.transfer.world import (
 )
 
 
-def parallel(count: int, seed: str, long: float = 0.1) -> list[tuple[Meaning, ...]]:
-    """Paragraphs of meanings: ``long`` of them of two to four sentences, the rest of one."""
+def parallel(count: int, seed: str) -> list[tuple[Meaning, ...]]:
+    """Paragraphs of meanings: a tenth of two to four sentences, the rest of one."""
     sampler = Sampler(f"{seed} parallel")
     draw = sampler.random
-    several = (draw.choice((2, 3, 4)) if draw.random() < long else 1 for _ in range(count))
+    several = (draw.choice((2, 3, 4)) if draw.random() < 0.1 else 1 for _ in range(count))
     return [tuple(sampler.any(in_text=sentences > 1) for _ in range(sentences)) for sentences in several]
 
 

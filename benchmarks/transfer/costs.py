@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, MT_LLM, ZERO_SHOT
-from benchmarks.transfer.study import Study
+from benchmarks.transfer.study import MAX_NEW, Study
 from mtllm_fast import MTLLM
 from mtllm_fast.evaluation.translate import Translator, in_english
 from mtllm_fast.tasks.collators import TaskCollator
@@ -55,7 +55,7 @@ def translate_test_cost(teacher: str, translator: str, files: Mapping[str, str],
     """Of the teacher on translations, none of them known before."""
     loaded = load_result(teacher)
     examples = examples_of(loaded.model.task, files, _PER_LANGUAGE)
-    translate = Translator(translator, num_beams=beams, max_new_tokens=160)
+    translate = Translator(translator, num_beams=beams, max_new_tokens=MAX_NEW)
 
     def run() -> list[Example]:
         translate.forget()

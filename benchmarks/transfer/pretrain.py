@@ -84,7 +84,7 @@ def _directions(texts: dict[str, list[str]], count: int, draw: random.Random) ->
     """Source, target and number of a paragraph; more of the small languages than there is text of them.
 
     A quarter has one language on both sides, to be repaired. Without it no decoder reads English and another language
-    to say the same, and nothing makes the encoder's states of the two alike. (NLLB was trained so too, section 6.2 of
+    to say the same, and nothing makes the encoder's states of the two alike. (NLLB learnt so from monolingual text too,
     arXiv 2207.04672.)
     """
     names = [name for name in texts if name != ENGLISH.code]

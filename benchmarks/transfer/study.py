@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -47,9 +45,7 @@ from mtllm_fast.tasks.examples import read_examples
 from mtllm_fast.training.checkpoints import begin, finish
 from mtllm_fast.training.runs import write_json
 
-logger = logging.getLogger("mtllm_fast")
-
-_MAX_NEW = 160  # tokens of a translation
+MAX_NEW = 160  # tokens of a translation
 WORLD = "world-1"  # the seed of everything that all seeds share: data, MT model, LLM
 # Stage 1: what differs from both losses, from least squares.
 STAGE_1 = {
@@ -123,7 +119,7 @@ class Study:
         known = {meaning for paragraph in corpora.parallel(self.preset.paragraphs, WORLD) for meaning in paragraph}
         new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and p[0] not in known)
         sentences = list(itertools.islice(new, count))
-        translate = Translator(str(self.root / "mt"), max_new_tokens=_MAX_NEW)
+        translate = Translator(str(self.root / "mt"), max_new_tokens=MAX_NEW)
         quality = {}
         for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
@@ -159,10 +155,10 @@ class Study:
         self._once("data", make)
 
     def make_mt(self) -> None:
-        self._timed("mt", lambda folder: pretrain.train_mt(folder, self.preset, WORLD))
+        self._anew("mt", lambda folder: pretrain.train_mt(folder, self.preset, WORLD))
 
     def make_llm(self) -> None:
-        self._timed("llm", lambda folder: pretrain.train_llm(folder, self.preset, WORLD))
+        self._anew("llm", lambda folder: pretrain.train_llm(folder, self.preset, WORLD))
 
     def run_task(self, seed: int, name: str) -> list[dict[str, Any]]:
         """Train and evaluate every system; their records."""
@@ -263,7 +259,7 @@ class Study:
         """The tests' translations, which do not depend on a seed; ``evaluate`` takes them from their file."""
         task = TASKS[name]
         translate = Translator(
-            str(self.root / "mt"), num_beams=beams, max_new_tokens=_MAX_NEW, cache=self._translations(task, beams)
+            str(self.root / "mt"), num_beams=beams, max_new_tokens=MAX_NEW, cache=self._translations(task, beams)
         )
         resolved = FinetuneArguments(task=task.preset).resolve()
         for group in self._groups():
@@ -292,7 +288,7 @@ class Study:
             data = [f"{code}={self.rows(task, f'test-{name}')}" for code, name in names.items()]
             if "translator" in models:
                 models = {**models, "translations": self._translations(task, models.get("num_beams", 1))}
-            evaluate(EvaluateArguments(data, output_dir=str(folder), max_new_tokens=_MAX_NEW, **models))
+            evaluate(EvaluateArguments(data, output_dir=str(folder), max_new_tokens=MAX_NEW, **models))
         return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
     # Folders
@@ -304,12 +300,10 @@ class Study:
         make(begin(folder))
         finish(folder)
 
-    def _timed(self, name: str, make: Callable[[Path], None]) -> None:
+    def _anew(self, name: str, make: Callable[[Path], None]) -> None:
         """Of a step that finishes its folder itself."""
         folder = self.root / name
         if (folder / "manifest.json").exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
-        start = time.perf_counter()
         make(folder)
-        logger.info("%s: %.0f s", name, time.perf_counter() - start)
