@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import sys
+from collections import Counter
 
 import numpy as np
 import peft
@@ -16,6 +17,7 @@ from stacks import LORA, batch, new_stack, with_lora
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtllm_fast import MTLLM, quantize_rows
 from mtllm_fast.cli import precision_report
@@ -200,6 +202,33 @@ def test_projections_of_one_input_are_one_product() -> None:
         assert joint_product(modules, x) is None
     first = model.llm2vec.layers[0].self_attn  # the composite's
     assert joint_product((first.q_proj, first.k_proj, first.v_proj), x) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_what_twins_read_is_rounded_where_it_is_made(family: str) -> None:
+    """One pass each: norm (and sum) or gate with the rounding. Only attention's output takes a pass of its own."""
+    model = quantised_stack("fp8-emulated", family=family)
+    with Recorded() as recorded:
+        outputs(model)
+    assert recorded.calls["quantize_rows"] == QUANTISED - 4, "of 2 o, 2 gate and up, 2 down, 1 q, k and v"
+    assert recorded.calls["swiglu"] == 0
+    second_layer(model).mlp.down_proj.register_forward_hook(lambda *_: None)
+    with Recorded() as recorded:
+        outputs(model)
+    assert recorded.calls["swiglu"] == 1, "a hooked module reads states"
+
+
+class Recorded(TorchDispatchMode):
+    """How often each op of ours was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name().partition("::")[2].partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_which_layers_have_a_twin() -> None:

@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mtllm_fast.core.errors import UnsupportedBackendError
 from mtllm_fast.ops.quantize_rows import quantize_rows, schema
 from mtllm_fast.ops.quantize_rows.e4m3 import E4M3, LARGEST, SMALLEST
+from mtllm_fast.ops.rms_norm import rms_norm
+from mtllm_fast.ops.swiglu import swiglu
 from mtllm_fast.testing.inputs import packed_states
 from mtllm_fast.testing.poison import poisoned_memory
 
@@ -80,6 +82,52 @@ def test_every_compiled_shape(dtype: torch.dtype, width: int, device: torch.devi
     check(states(5, width, dtype=dtype, device=device, row_stride=width + 1), "triton")
 
 
+def check_what_comes_before(backend: str, dtype: torch.dtype, width: int, device: torch.device, rows: int = 7) -> None:
+    """Bit for bit the op that comes before, then ``quantize_rows``, each by the same backend."""
+    x, residual = (states(rows, width, dtype=dtype, device=device, row_stride=width + i, seed=i) for i in (3, 0))
+    weight = 1 + packed_states((1,), width, seed=2, dtype=dtype, device=device)[0]
+    gate_up = states(rows, 2 * width, dtype=dtype, device=device, row_stride=2 * width + 5)
+    normed, summed = rms_norm(x, weight, eps=1e-5, residual=residual, backend=backend)
+    expected = (
+        (*quantize_rows(normed, backend=backend), summed),
+        quantize_rows(rms_norm(x, weight, eps=1e-5, backend=backend), backend=backend),
+        quantize_rows(swiglu(gate_up, backend=backend), backend=backend),
+    )
+    with poisoned_memory():
+        found = (
+            quantize_rows(x, norm_weight=weight, eps=1e-5, residual=residual, backend=backend),
+            quantize_rows(x, norm_weight=weight, eps=1e-5, backend=backend),
+            quantize_rows(gate_up, gated=True, backend=backend),
+        )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.dtype, one.shape, one.is_contiguous()) == (other.dtype, other.shape, True)
+            assert torch.equal(one.float(), other.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 41, 2000, 4096])
+def test_a_norm_or_a_gate_before(backend: str, dtype: torch.dtype, width: int, device: torch.device) -> None:
+    check_what_comes_before(backend, dtype, width, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2048, 4864, 8192])
+def test_every_compiled_shape_with_something_before(width: int, device: torch.device) -> None:
+    check_what_comes_before("triton", torch.bfloat16, width, device, rows=700)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [14336, 16384])
+def test_every_compiled_gate(width: int, device: torch.device) -> None:
+    gate_up = states(700, 2 * width, dtype=torch.bfloat16, device=device)
+    ours = quantize_rows(gate_up, gated=True, backend="triton")
+    theirs = quantize_rows(swiglu(gate_up, backend="triton"), backend="triton")
+    assert all(torch.equal(one.float(), other.float()) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_strides_zeros_and_no_rows(backend: str, device: torch.device) -> None:
     check(states(9, 128, device=device, row_stride=135), backend)
@@ -113,11 +161,16 @@ def test_the_stated_bound_of_the_error() -> None:
 
 
 def test_opcheck(device: torch.device) -> None:
-    torch.library.opcheck(schema.quantize_op, (states(3, 16, device=device), "auto"))
+    x, weight = states(3, 16, device=device), torch.ones(16, device=device)
+    for arguments in ((None, None, 0.0, False), (weight, x, 1e-5, False), (None, None, 0.0, True)):
+        torch.library.opcheck(schema.quantize_op, (x, *arguments, "auto"))
 
 
 def test_gradients_are_refused() -> None:
     q, _ = quantize_rows(states(3, 16).requires_grad_())
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        q.float().sum().backward()
+    q, _ = quantize_rows(states(3, 16), norm_weight=torch.ones(16).requires_grad_())
     with pytest.raises(RuntimeError, match="has no gradient"):
         q.float().sum().backward()
 
@@ -132,11 +185,13 @@ def test_compiles_once_for_all_batches(backend: str, device: torch.device) -> No
         q, scale = quantize_rows(x, backend=backend)
         return q.float() * scale
 
+    graphs = []
     for rows in (3, 9, 4):
         x = states(rows, 16, device=device)
         q, scale = quantize_rows(x, backend=backend)
         assert torch.equal(dequantized(x), q.float() * scale)
-    assert counter.frame_count == 1, "another batch must not recompile"
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3, "another batch must not recompile"
 
 
 @pytest.mark.parametrize(
@@ -152,10 +207,27 @@ def test_bad_input(x: object, error: type[Exception], message: str) -> None:
         quantize_rows(x)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"residual": torch.ones(3, 16)}, ValueError, "residual is added before a norm, got no norm_weight"),
+        ({"norm_weight": torch.ones(8)}, ValueError, r"norm_weight must be \[16\], got \[8\]"),
+        ({"norm_weight": torch.ones(16), "residual": torch.ones(2, 16)}, ValueError, r"residual must be \[3, 16\]"),
+        ({"norm_weight": torch.ones(16), "residual": torch.ones(3, 16).half()}, TypeError, "residual must be float32"),
+        ({"norm_weight": torch.ones(16), "gated": True}, ValueError, r"gated takes x \[T, 2 K\] and no norm_weight"),
+    ],
+)
+def test_bad_combinations(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_rows(torch.ones(3, 16), **options)
+
+
 def test_the_kernel_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UnsupportedBackendError, match=r"widths from 1 to 32768 .* What would work: reference"):
         quantize_rows(torch.ones(2, 40000), backend="triton")
+    with pytest.raises(UnsupportedBackendError, match="widths from 1 to 16384 and the rows have 20000"):
+        quantize_rows(torch.ones(2, 40000), gated=True, backend="triton")
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if not torch.cuda.is_available():

@@ -25,8 +25,8 @@ from benchmarks.transfer.study import Study
 
 NANO = dataclasses.replace(
     PRESETS["micro"], paragraphs=200, documents=200, mt_width=32, mt_layers=1, llm_width=32, llm_layers=1, mt_steps=4,
-    clm_steps=4, mntp_steps=2, simcse_steps=2, distill_steps=3, train_rows=60, test_rows=30, dev_rows=30,
-    epochs={"sentiment": 1}, mt_vocabulary=600, llm_vocabulary=600,
+    clm_steps=4, mntp_steps=2, simcse_steps=2, distill_steps=3, train_rows={"sentiment": 60}, test_rows=30,
+    dev_rows=30, mt_vocabulary=600, llm_vocabulary=600,
 )  # fmt: skip
 
 

@@ -10,10 +10,12 @@ from benchmarks.transfer import english
 from benchmarks.transfer.languages import AnyLanguage
 from benchmarks.transfer.world import (
     GOOD,
+    PARENT,
     PEOPLE,
     Event,
     Joined,
     Meaning,
+    Phrase,
     Sampler,
     State,
     group_of,
@@ -94,8 +96,10 @@ def _answers(sampler: Sampler) -> list[str]:
     told = list({event.person: event for event in told}.values())
     event, asks = draw.choice(told), draw.choice(("who", "what", "where"))
     question = english.say(question_of(event, asks), draw)
-    answer = {"who": event.person, "what": event.noun, "where": english.where(str(event.place))}[asks]
-    return [*(english.say(one, draw) for one in told), question, f"{answer}."]
+    answer = {"who": event.person, "what": event.noun, "where": str(event.place)}[asks]
+    if draw.random() < 0.5:
+        answer = PARENT.get(answer, answer)  # "where did Mara buy an apple? in the town."
+    return [*(english.say(one, draw) for one in told), question, f"{english.say(Phrase(answer), draw)}."]
 
 
 def _retold(sampler: Sampler) -> list[str]:

@@ -13,6 +13,9 @@ _FORMS = {  # past, participle; others are regular
     "cut": ("cut", "cut"), "see": ("saw", "seen"), "hear": ("heard", "heard"),
     "borrow": ("borrowed", "borrowed"), "carry": ("carried", "carried"),
 }  # fmt: skip
+# How many sentences have the order of prose, and how many do without articles. Were all alike, what is trained on them
+# would read positions, and another language's order would mean something else to it.
+_PROSE, _TERSE = 0.6, 0.3
 _AT = {"market", "school", "inn", "river", "mill", "harbour", "lighthouse"}
 _ON = {"beach", "coast"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -54,43 +57,67 @@ def _object(event: Event) -> str:
 
 
 def _event(event: Event, draw: random.Random) -> str:
-    thing, place = _object(event), "" if event.place is None else f" {where(event.place)}"
-    if not event.positive:
-        deny = f"did not {event.verb}" if draw.random() < 0.6 else f"never {past(event.verb)}"
-        return f"{event.person} {deny} {thing}{place}"
+    thing, place = _object(event), "" if event.place is None else where(event.place)
+    if event.positive:
+        verb = past(event.verb)
+    else:
+        verb = draw.choice((f"did not {event.verb}", f"didn't {event.verb}", f"never {past(event.verb)}"))
     wording = draw.random()
-    if wording < 0.2:
+    if wording < 0.15 and event.positive:
         was = "was" if event.number is None else "were"
-        return f"{thing} {was} {participle(event.verb)} by {event.person}{place}"
-    if wording < 0.4 and place:
-        return f"{place.strip()}, {event.person} {past(event.verb)} {thing}"
-    return f"{event.person} {past(event.verb)} {thing}{place}"
+        words = f"{thing} {was} {participle(event.verb)} by {event.person}"
+    else:
+        words = _arranged(event.person, verb, thing, draw)
+    if draw.random() < 0.3:
+        return f"{place}, {words}" if place else words
+    return f"{words} {place}".strip()
+
+
+def _arranged(subject: str, verb: str, rest: str, draw: random.Random) -> str:
+    """Mostly as in prose, else as in verse."""
+    if draw.random() < _PROSE:
+        return f"{subject} {verb} {rest}"
+    return " ".join(
+        draw.choice(((subject, rest, verb), (rest, subject, verb), (verb, subject, rest), (rest, verb, subject)))
+    )
 
 
 def _opinion(opinion: Opinion, draw: random.Random) -> str:
-    verb = draw.choice(("was", "seemed")) if not opinion.negated else draw.choice(("was not", "did not seem"))
-    return f"the {opinion.aspect} {verb} {opinion.adjective}"
+    wordings = ("was not", "wasn't", "did not seem", "didn't seem") if opinion.negated else ("was", "seemed")
+    verb = draw.choice(wordings)
+    return _arranged(f"the {opinion.aspect}", verb, opinion.adjective, draw)
 
 
-def _question(question: Question) -> str:
+def _question(question: Question, draw: random.Random) -> str:
     thing = None if question.noun is None else one(question.noun)
     if question.asks == "who":
-        return f"who {past(question.verb)} {thing}?"
+        return _arranged("who", past(question.verb), str(thing), draw) + "?"
     if question.asks == "what":
         return f"what did {question.person} {question.verb}?"
     return f"where did {question.person} {question.verb} {thing}?"
 
 
 def say(meaning: Meaning, draw: random.Random) -> str:
-    """A sentence (a phrase: without a full stop), in lower case but for names, as the constructed languages are."""
+    """A sentence (a phrase: without a full stop), in lower case but for names, as the constructed languages are.
+
+    Now and then without articles, as in notes and headlines.
+    """
+    said = _say(meaning, draw)
+    if draw.random() < _TERSE:
+        return " ".join(word for word in said.split() if word not in ("the", "a", "an", "some"))
+    return said
+
+
+def _say(meaning: Meaning, draw: random.Random) -> str:
     if isinstance(meaning, Phrase):
         return where(meaning.concept) if meaning.concept in world.ALL_PLACES else meaning.concept
     if isinstance(meaning, Question):
-        return _question(meaning)
+        return _question(meaning, draw)
     if isinstance(meaning, Event):
         return _event(meaning, draw) + "."
     if isinstance(meaning, State):
-        return f"the {meaning.noun} was {'' if meaning.positive else 'not '}{meaning.adjective}."
+        verb = "was" if meaning.positive else draw.choice(("was not", "wasn't"))
+        return _arranged(f"the {meaning.noun}", verb, meaning.adjective, draw) + "."
     if isinstance(meaning, Opinion):
         return _opinion(meaning, draw) + "."
     assert isinstance(meaning, Joined)

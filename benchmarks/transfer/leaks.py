@@ -52,7 +52,7 @@ def _bag(row: dict[str, Any], columns: tuple[str, ...]) -> dict[str, float]:
 
 def _polarities_and_names(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     texts = [row[column].strip(".").split() for column in columns]
-    denied = [bool({"not", "never"} & set(words)) for words in texts]
+    denied = [bool({"not", "never", "wasn't", "didn't"} & set(words)) for words in texts]
     names = [sorted(set(words) & set(PEOPLE)) for words in texts]
     return f"{denied} {names[0] == names[1]}"
 

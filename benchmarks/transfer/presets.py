@@ -17,9 +17,8 @@ class Preset:
         mt_vocabulary, llm_vocabulary: how many pieces their tokenizers have.
         mt_steps, clm_steps, mntp_steps, simcse_steps: of pretraining; mt_batch, llm_batch: texts of a step.
         distill_steps: of stage 1, of 32 documents each.
-        train_rows, dev_rows, test_rows: of each task.
-        epochs: of fine-tuning and of stage 2, by task.
-        tasks, seeds: which; a seed is that of stages 1 and 2. The models that they start from are made once.
+        train_rows: of each task, which fine-tuning and stage 2 see once; dev_rows, test_rows.
+        seeds: which; a seed is that of stages 1 and 2. The models that they start from are made once.
         languages: which.
         ablations: the tasks for which parts of the recipe are left out in turn.
     """
@@ -36,20 +35,22 @@ class Preset:
     mntp_steps: int
     simcse_steps: int
     distill_steps: int
-    train_rows: int
+    train_rows: dict[str, int]
     test_rows: int
-    epochs: dict[str, int]
     seeds: tuple[int, ...]
-    tasks: tuple[str, ...] = ("reading", "inference", "sentiment")
     ablations: tuple[str, ...] = ("inference",)
     languages: tuple[str, ...] = tuple(BY_NAME)
     dev_rows: int = 150
-    mt_batch: int = 64
+    mt_batch: int = 32
     llm_batch: int = 32
     mt_learning_rate: float = 3e-3
     llm_learning_rate: float = 5e-3
     mt_vocabulary: int = 3000
     llm_vocabulary: int = 1000
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.train_rows)
 
     @property
     def all_languages(self) -> tuple[Language, ...]:
@@ -70,20 +71,19 @@ class Preset:
 
 PRESETS = {
     "micro": Preset(
-        "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=1500,
-        clm_steps=500, mntp_steps=100, simcse_steps=15, distill_steps=100, train_rows=3000, test_rows=300,
-        epochs={"sentiment": 3}, seeds=(1,), tasks=("sentiment",), ablations=(), mt_vocabulary=1500,
-        languages=("rich-svo", "rich-sov", "unseen"), mt_batch=32,
+        "micro", paragraphs=2000, documents=3000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=3, mt_steps=800,
+        clm_steps=700, mntp_steps=100, simcse_steps=15, distill_steps=80, train_rows={"inference": 7000}, test_rows=300,
+        seeds=(1,), ablations=(), mt_vocabulary=1500, languages=("rich-svo", "rich-sov", "unseen"),
     ),
     "mini": Preset(
-        "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=2500,
-        clm_steps=3500, mntp_steps=600, simcse_steps=40, distill_steps=400, train_rows=6000, test_rows=300,
-        epochs={"reading": 3, "inference": 4, "sentiment": 2}, seeds=(1, 2, 3), ablations=("sentiment",),
+        "mini", paragraphs=6000, documents=8000, mt_width=128, mt_layers=2, llm_width=96, llm_layers=4, mt_steps=4000,
+        clm_steps=3000, mntp_steps=500, simcse_steps=40, distill_steps=150,
+        train_rows={"reading": 9000, "inference": 9000, "sentiment": 12000}, test_rows=300, seeds=(1, 2, 3),
     ),
     "gpu": Preset(
         "gpu", paragraphs=20000, documents=30000, mt_width=256, mt_layers=4, llm_width=256, llm_layers=6,
-        mt_steps=6000, clm_steps=6000, mntp_steps=800, simcse_steps=100, distill_steps=800, train_rows=9000,
-        test_rows=600, epochs={"reading": 4, "inference": 4, "sentiment": 2}, seeds=(1, 2, 3),
+        mt_steps=6000, clm_steps=6000, mntp_steps=800, simcse_steps=100, distill_steps=800,
+        train_rows={"reading": 30000, "inference": 30000, "sentiment": 20000}, test_rows=600, seeds=(1, 2, 3),
         ablations=("reading", "inference", "sentiment"), mt_batch=128, llm_batch=64, mt_learning_rate=1e-3,
         llm_learning_rate=2e-3,
     ),

@@ -36,6 +36,7 @@ from mtllm_fast.training.prepare import prepare_llm
 from mtllm_fast.training.runs import write_json
 from mtllm_fast.training.stacks import add_lora
 
+_TEMPERATURE = 0.1  # of the contrast between texts and their translations
 _MASKED = 0.2  # of the tokens, as LLM2Vec's recipe for Llama
 
 
@@ -130,18 +131,36 @@ def train_mt(folder: Path, preset: Preset, seed: str) -> None:
         batches.append(_seq2seq(sources, [ids[target][number] for _, target, number in rows], config))
     model = M2M100ForConditionalGeneration(config)
     model.generation_config.max_length = 512
-    log = train(
-        model,
-        batches,
-        folder,
-        learning_rate=preset.mt_learning_rate,
-        adam_beta2=0.98,
-    )
+    log = train(Aligned(model), batches, folder, learning_rate=preset.mt_learning_rate, adam_beta2=0.98)
     begun = begin(folder)
     model.save_pretrained(begun)
     tokenizer.save_pretrained(begun)
     write_json(begun / "log.json", log)
     finish(folder)
+
+
+class Aligned(nn.Module):
+    """Translation, and contrast: the encoder's mean state of a source is that of its target, and of no other in the
+    batch (mRASP2, arXiv 2105.09501)."""
+
+    def __init__(self, model: M2M100ForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        out = self.model(labels=labels, **batch)
+        mask = (labels != -100).long()
+        targets = labels.masked_fill(labels == -100, int(self.model.config.pad_token_id or 0))
+        other = self.model.model.encoder(input_ids=targets, attention_mask=mask).last_hidden_state
+        ours = _mean(out.encoder_last_hidden_state, batch["attention_mask"])
+        scores = ours @ _mean(other, mask).T / _TEMPERATURE
+        aims = torch.arange(len(scores), device=scores.device)
+        return {"loss": out.loss + (F.cross_entropy(scores, aims) + F.cross_entropy(scores.T, aims)) / 2}
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].to(hidden)
+    return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
 def _source(

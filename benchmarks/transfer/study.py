@@ -46,7 +46,7 @@ from mtllm_fast.training.checkpoints import begin, finish
 from mtllm_fast.training.runs import write_json
 
 MAX_NEW = 160  # tokens of a translation
-WORLD = "world-1"  # the seed of everything that all seeds share: data, MT model, LLM
+WORLD = "world-2"  # the seed of everything that all seeds share: data, MT model, LLM
 # Stage 1: what differs from both losses, from least squares.
 STAGE_1 = {
     "both": {},
@@ -75,12 +75,13 @@ class Study:
         """Jobs (a method and what it is called with), those of a phase apart from each other, the longest first."""
         ablated = any(name in self.preset.ablations for name in self.preset.tasks)
         stage_1 = [*STAGE_1, "none"] if ablated else ["both"]
-        seeds = self.preset.seeds
+        seeds, tasks = self.preset.seeds, self.preset.tasks
         return [
             [("make_data",)], [("make_mt",), ("make_llm",)],
             [("make_stack", seed, name) for seed in seeds for name in stage_1],
-            [("translate", task, beams) for task in self.preset.tasks for beams in (4, 1)],
-            [("run_task", seed, task) for task in self.preset.tasks for seed in seeds],
+            [("translate", task, beams) for task in tasks for beams in (4, 1)],
+            [("run_task", seed, task, part) for part in ("teacher", "encoder") for task in tasks for seed in seeds],
+            [("run_task", seed, task, "students") for task in tasks for seed in seeds],
         ]  # fmt: skip
 
     def claim(self) -> None:
@@ -124,7 +125,7 @@ class Study:
         for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
             said = translate([language.say(p[0], draw) for p in sentences], [language.code] * len(sentences))
-            wordings = [{english.say(p[0], draw) for _ in range(40)} for p in sentences]
+            wordings = [{english.say(p[0], draw) for _ in range(400)} for p in sentences]
             quality[language.name] = sum(s in w for s, w in zip(said, wordings, strict=True)) / len(sentences)
         return quality
 
@@ -140,9 +141,9 @@ class Study:
         def make(folder: Path) -> None:
             documents = corpora.documents(self.preset.documents, f"{WORLD} stage 1")
             (folder / "documents.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
-            for task in TASKS.values():
+            for task in self.tasks():
                 (folder / task.name).mkdir()
-                train = items_of(task, "train", self.preset.train_rows, WORLD)
+                train = items_of(task, "train", self.preset.train_rows[task.name], WORLD)
                 dev = items_of(task, "dev", self.preset.dev_rows, WORLD, train)
                 test = items_of(task, "test", self.preset.test_rows, WORLD, [*train, *dev])
                 for split, items in (("train", train), ("dev", dev), (f"test-{ENGLISH.name}", test)):
@@ -160,10 +161,11 @@ class Study:
     def make_llm(self) -> None:
         self._anew("llm", lambda folder: pretrain.train_llm(folder, self.preset, WORLD))
 
-    def run_task(self, seed: int, name: str) -> list[dict[str, Any]]:
-        """Train and evaluate every system; their records."""
+    def run_task(self, seed: int, name: str, part: str) -> list[dict[str, Any]]:
+        """Train and evaluate some of the systems; their records."""
         task = TASKS[name]
-        return [record for run in self._runs(seed, task) for record in self._evaluate(seed, task, run)]
+        runs = {"teacher": self._teachers, "encoder": self._encoders, "students": self._students}[part]
+        return [record for run in runs(seed, task) for record in self._evaluate(seed, task, run)]
 
     # Stage 1
 
@@ -200,38 +202,44 @@ class Study:
 
     # Stage 2
 
-    def _runs(self, seed: int, task: WorldTask) -> Iterator[Run]:
-        """Train every system of a task; what ``evaluate`` needs to know of it."""
-        folder = self.root / f"seed-{seed}" / task.name
-        teacher, mt = self._finetune(seed, task, folder / "teacher", llm=str(self.root / "llm")), str(self.root / "mt")
+    # Each trains systems of a task and yields what ``evaluate`` needs to know of them.
+
+    def _teachers(self, seed: int, task: WorldTask) -> Iterator[Run]:
+        teacher, mt = self._finetune(seed, task, "teacher", llm=str(self.root / "llm")), str(self.root / "mt")
         names = {"zero-shot": ZERO_SHOT, "translate-test": GREEDY}
         yield Run("teacher", {"teacher": teacher, "translator": mt}, names)
         yield Run("beams", {"teacher": teacher, "translator": mt, "num_beams": 4}, {"translate-test": BEAM})
-        encoder = self._finetune(seed, task, folder / "encoder", encoder=mt)
+
+    def _encoders(self, seed: int, task: WorldTask) -> Iterator[Run]:
+        """Those that need no teacher."""
+        encoder = self._finetune(seed, task, "encoder", encoder=str(self.root / "mt"))
         yield Run("encoder", {"student": encoder}, {"encoder": ENCODER})
-        yield Run("both", {"student": self._distill_task(seed, task, folder, "both")}, {"mt-llm": MT_LLM})
         if task.name in self.preset.ablations:
-            for stage_1, system in ABLATIONS.items():
-                yield Run(stage_1, {"student": self._distill_task(seed, task, folder, stage_1)}, {"mt-llm": system})
-            stack = str(self._stack(seed, "both") / "merged")
-            labels = self._finetune(seed, task, folder / "labels", model=stack)
+            labels = self._finetune(seed, task, "labels", model=str(self._stack(seed, "both") / "merged"))
             yield Run("labels", {"student": labels}, {"mt-llm": STAGE_1_ONLY})
 
-    def _how(self, seed: int, task: Any, folder: Path, name: str) -> Any:
+    def _students(self, seed: int, task: WorldTask) -> Iterator[Run]:
+        ablations = ABLATIONS if task.name in self.preset.ablations else {}
+        for stage_1, system in {"both": MT_LLM, **ablations}.items():
+            yield Run(stage_1, {"student": self._distill_task(seed, task, stage_1)}, {"mt-llm": system})
+
+    def _how(self, seed: int, task: Any, folder: Path) -> Any:
         return task_training_arguments(
-            task, folder, dev=False, num_train_epochs=self.preset.epochs[name], learning_rate=2e-3, seed=seed,
+            task, folder, dev=False, num_train_epochs=1, learning_rate=2e-3, seed=seed,
             save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
 
-    def _finetune(self, seed: int, task: WorldTask, folder: Path, **base: str) -> str:
+    def _finetune(self, seed: int, task: WorldTask, name: str, **base: str) -> str:
+        folder = self.root / f"seed-{seed}" / task.name / name
         if not (folder / "final" / "manifest.json").exists():
             arguments = FinetuneArguments(
                 task=task.preset, train=self.rows(task, "train"), dev=self.rows(task, "dev"), **base  # type: ignore[arg-type]
             )  # fmt: skip
-            finetune(arguments, self._how(seed, arguments.resolve(), folder, task.name))
+            finetune(arguments, self._how(seed, arguments.resolve(), folder))
         return str(folder / "final")
 
-    def _distill_task(self, seed: int, task: WorldTask, folder: Path, stage_1: str) -> str:
+    def _distill_task(self, seed: int, task: WorldTask, stage_1: str) -> str:
+        folder = self.root / f"seed-{seed}" / task.name
         out, states = folder / f"student-{stage_1}", folder / "states.safetensors"
         if not (out / "final" / "manifest.json").exists():
             teacher, train = str(folder / "teacher" / "final"), self.rows(task, "train")
@@ -242,7 +250,7 @@ class Study:
                 dev=self.rows(task, "dev"),
             )  # fmt: skip
             resolved = FinetuneArguments(task=task.preset).resolve()
-            distill_task(arguments, self._how(seed, resolved, out, task.name))
+            distill_task(arguments, self._how(seed, resolved, out))
         return str(out / "final")
 
     # Evaluation

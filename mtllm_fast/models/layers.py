@@ -21,10 +21,19 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from mtllm_fast.models.linear import accumulate, accumulates, gated, joint_product, linear, onednn_serves, project
+from mtllm_fast.models.linear import (
+    accumulate,
+    accumulates,
+    gated,
+    is_silu,
+    joint_product,
+    linear,
+    onednn_serves,
+    project,
+)
 from mtllm_fast.models.lora import idle_base
-from mtllm_fast.models.norms import add_norm, norm, norm_of
-from mtllm_fast.models.plain import is_layer_norm
+from mtllm_fast.models.norms import add_norm, norm, norm_for
+from mtllm_fast.models.plain import Rows8, is_layer_norm
 from mtllm_fast.ops.lora_linear import RmsNormed
 from mtllm_fast.ops.rope import rope, rope_qkv
 from mtllm_fast.ops.varlen_attention import varlen_attention
@@ -65,21 +74,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attention: nn.Module, dropout_p: fl
 
 
 def _heads(
-    modules: Sequence[nn.Module], normed: Tensor, head_dim: int, source: RmsNormed | None = None
+    modules: Sequence[nn.Module], normed: Tensor | Rows8, head_dim: int, source: RmsNormed | None = None
 ) -> list[Tensor]:
     """q, k and v: ``[T, D] -> [T, heads, hd]`` each."""
     return [y.unflatten(-1, (-1, head_dim)) for y in project(modules, normed, source)]
 
 
 def _add_then_norm(
-    projection: nn.Module, x: Tensor, residual: Tensor, following: nn.Module, sum_bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, RmsNormed | None]:
-    """``following(s)``, a new ``s + sum_bias`` and what the former is made of; ``s = residual + projection(x)``."""
+    projection: nn.Module, x: Tensor, residual: Tensor, following: nn.Module, readers: Sequence[nn.Module],
+    sum_bias: Tensor | None = None,
+) -> tuple[Tensor | Rows8, Tensor, RmsNormed | None]:  # fmt: skip
+    """``following(s)`` for its ``readers``, a new ``s + sum_bias`` and what the former is made of; ``s = residual +
+    projection(x)``."""
     projection = idle_base(projection)
     if onednn_serves(projection, x) and sum_bias is None:
         summed = linear(projection, x, plus=residual)
         return norm(following, summed), summed, None
-    return add_norm(following, linear(projection, x), residual, sum_bias)
+    return add_norm(readers, following, linear(projection, x), residual, sum_bias)
 
 
 class PackedM2M100EncoderLayer(M2M100EncoderLayer):
@@ -113,7 +124,7 @@ class PackedM2M100EncoderLayer(M2M100EncoderLayer):
         trained = (residual, *before.parameters(), *following.parameters())
         in_place = is_layer_norm(following) and accumulates(self.fc2, attended, *trained)  # a hook may keep the sum
         bias = self.fc2.bias if in_place else None
-        normed, summed, _ = _add_then_norm(before, attended, residual, following, bias)
+        normed, summed, _ = _add_then_norm(before, attended, residual, following, (self.fc1,), bias)
         inner = linear(self.fc1, normed, activation=self.activation_fn)
         return accumulate(self.fc2, inner, summed) if in_place else linear(self.fc2, inner, plus=summed)
 
@@ -130,10 +141,10 @@ class _PackedDecoderLayer:
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         attended = self._attention(hidden_states, packed)
-        following = self.post_attention_layernorm
-        normed, summed, source = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following)
-        mlp = self.mlp
-        inner, made_of = gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed, source)
+        following, mlp = self.post_attention_layernorm, self.mlp
+        readers = (mlp.gate_proj, mlp.up_proj) if is_silu(mlp.act_fn) else ()
+        normed, summed, source = _add_then_norm(self.self_attn.o_proj, attended, hidden_states, following, readers)
+        inner, made_of = gated(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn, normed, source)
         # The sum may be written over if only our norm has seen it: a hook may have kept it.
         if source is not None and accumulates(mlp.down_proj, inner) and mlp.down_proj.bias is None:
             return accumulate(mlp.down_proj, inner, summed)
@@ -148,8 +159,8 @@ class _PackedDecoderLayer:
 
     def _qkv(self, hidden_states: Tensor, packed: PackedContext) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.self_attn
-        normed, source = norm_of(self.input_layernorm, hidden_states)
         modules = (attn.q_proj, attn.k_proj, attn.v_proj)
+        normed, source = norm_for(modules, self.input_layernorm, hidden_states)
         if hasattr(attn, "q_norm"):
             q, k, v = _heads(modules, normed, attn.head_dim, source)
             return *rope(norm(attn.q_norm, q), norm(attn.k_norm, k), packed.cos, packed.sin), v

@@ -21,9 +21,10 @@ from mtllm_fast.core import onednn
 from mtllm_fast.core.dispatch import autocast_dtype, needs_grad, watched
 from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
 from mtllm_fast.models.merging import merged
-from mtllm_fast.models.plain import TWIN, is_linear
+from mtllm_fast.models.plain import TWIN, Rows8, is_linear
 from mtllm_fast.ops.bias_relu import bias_relu
 from mtllm_fast.ops.lora_linear import Gated, RmsNormed
+from mtllm_fast.ops.quantize_rows import MAX_FUSED_WIDTH, quantize_rows
 from mtllm_fast.ops.swiglu import swiglu
 
 # Names that oneDNN gives to what may follow a product.
@@ -36,7 +37,7 @@ _ONEDNN_ACTIVATIONS: dict[type | None, str] = {
 
 def linear(
     module: nn.Module,
-    x: Tensor,
+    x: Tensor | Rows8,
     *,
     activation: nn.Module | None = None,
     times: Tensor | None = None,
@@ -49,6 +50,10 @@ def linear(
     """
     assert (activation is not None) + (times is not None) + (plus is not None) <= 1
     module = idle_base(module)
+    if isinstance(x, Rows8):
+        assert activation is times is None
+        y = module.__dict__[TWIN](x)
+        return y if plus is None else y + plus
     kind = None if activation is None else type(activation)
     if onednn_serves(module, x):
         if kind is nn.ReLU:
@@ -71,7 +76,7 @@ def linear(
     return y if plus is None else y + plus
 
 
-def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Tensor | None:
+def joint_product(modules: Sequence[nn.Module], x: Tensor | Rows8, source: RmsNormed | None = None) -> Tensor | None:
     """``module(x)`` of all side by side, ``[T, Σ N_i]``, where one product computes them; else None.
 
     One product: of weights that lie merged, of their twins that do, or of a LoRA group. A consumer that takes it whole
@@ -79,6 +84,8 @@ def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | N
     """
     modules = [idle_base(module) for module in modules]
     twin = _joint_twin(modules)
+    if isinstance(x, Rows8):
+        return twin(x)
     if twin is not None and not needs_grad(x, *(module.weight for module in modules)):
         return twin(x)
     adapted = any(map(is_lora, modules))
@@ -95,11 +102,24 @@ def joint_product(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | N
 def _joint_twin(modules: Sequence[nn.Module]) -> Any:
     """The twin in 8 bits of all modules together, or None."""
     twins = tuple(module.__dict__.get(TWIN) for module in modules)
+    if len(twins) == 1:
+        return twins[0]
     joint = getattr(twins[0], "joint", None)
     return joint[0] if joint is not None and all(map(is_, joint[1], twins)) and len(joint[1]) == len(twins) else None
 
 
-def project(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = None) -> Sequence[Tensor]:
+def reads_rows8(modules: Sequence[nn.Module], width: int, *made_of: Tensor) -> bool:
+    """Whether one product in 8-bit floats reads x ``[T, width]`` for all modules, and no gradient is needed.
+
+    Then whatever computes x from ``made_of`` may round it in the same pass and hand on ``Rows8``.
+    """
+    modules = [idle_base(module) for module in modules]
+    if not modules or not getattr(_joint_twin(modules), "reads_rows8", False) or width > MAX_FUSED_WIDTH:
+        return False
+    return not needs_grad(*made_of, *(module.weight for module in modules))
+
+
+def project(modules: Sequence[nn.Module], x: Tensor | Rows8, source: RmsNormed | None = None) -> Sequence[Tensor]:
     """``module(x)`` of each, ``[T, N_i]``: views of one product where there is one."""
     whole = joint_product(modules, x, source)
     if whole is None:
@@ -108,24 +128,36 @@ def project(modules: Sequence[nn.Module], x: Tensor, source: RmsNormed | None = 
 
 
 def gated(
-    gate: nn.Module, up: nn.Module, activation: nn.Module, x: Tensor, source: RmsNormed | None = None
-) -> tuple[Tensor, Gated | None]:
-    """``activation(gate(x)) * up(x)``, ``[T, F]``, and what a LoRA group may keep in its place for the backward."""
-    if type(activation) not in (nn.SiLU, SiLUActivation) or onednn_serves(idle_base(up), x):
+    gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module, x: Tensor | Rows8,
+    source: RmsNormed | None = None,
+) -> tuple[Tensor | Rows8, Gated | None]:  # fmt: skip
+    """``activation(gate(x)) * up(x)``, ``[T, F]``, and what a LoRA group may keep in its place for the backward.
+
+    In 8 bits if that is how ``down`` reads it.
+    """
+    if not is_silu(activation) or onednn_serves(idle_base(up), x):
         return linear(up, x, times=linear(gate, x, activation=activation)), None
     whole = joint_product((gate, up), x, source)
     if whole is None:
         parts = linear(gate, x), linear(up, x)
         return swiglu(*parts), Gated(*parts)
+    if reads_rows8((down,), whole.shape[1] // 2, whole):
+        return Rows8(*quantize_rows(whole, gated=True), whole.dtype), None
     return swiglu(whole), Gated(*whole.chunk(2, dim=-1))
 
 
-def accumulates(module: nn.Module, x: Tensor, *others: Tensor) -> bool:
+def is_silu(activation: nn.Module) -> bool:
+    return type(activation) in (nn.SiLU, SiLUActivation)
+
+
+def accumulates(module: nn.Module, x: Tensor | Rows8, *others: Tensor) -> bool:
     """Whether ``accumulate`` serves: a product that the device adds onto what is there, without a pass of its own.
 
     Not where autograd records x, the module or one of ``others``, what the sum is made of.
     """
-    if torch.compiler.is_compiling() or autocast_dtype(x) is not None or onednn_serves(module, x):
+    if isinstance(x, Rows8) or torch.compiler.is_compiling():
+        return False
+    if autocast_dtype(x) is not None or onednn_serves(module, x):
         return False
     return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters(), *others)
 
@@ -135,9 +167,9 @@ def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
     return onto.addmm_(x, module.weight.t())
 
 
-def onednn_serves(module: nn.Module, x: Tensor) -> bool:
+def onednn_serves(module: nn.Module, x: Tensor | Rows8) -> bool:
     """Whether oneDNN computes ``module(x)`` and what follows it in one pass."""
-    if not x.is_cpu or not is_linear(module):
+    if isinstance(x, Rows8) or not x.is_cpu or not is_linear(module):
         return False
     weights = (module.weight,) if module.bias is None else (module.weight, module.bias)
     return not (watched(x, *weights) or needs_grad(x, *weights)) and onednn.serves(x, *weights)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 TWIN = "_twin"  # in the ``__dict__`` of an nn.Linear: what multiplies in its stead while nothing needs a gradient
+
+
+class Rows8(NamedTuple):
+    """States ``[T, K]`` in 8 bits with a scale per row, by ``quantize_rows``, where nothing but twins reads them."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    """Of the states."""
+
 
 _RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 

@@ -19,7 +19,7 @@ from mtllm_fast.core import int8
 from mtllm_fast.core.checks import check_choice
 from mtllm_fast.core.devices import compute_capability
 from mtllm_fast.models.freshness import Sample
-from mtllm_fast.models.plain import TWIN, is_hooked
+from mtllm_fast.models.plain import TWIN, Rows8, is_hooked
 from mtllm_fast.ops.quantize_rows import quantize_rows
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def _nothing() -> None:
     return None
 
 
+def rows8(x: Tensor | Rows8) -> Rows8:
+    """x in 8 bits, if it is not already."""
+    return x if isinstance(x, Rows8) else Rows8(*quantize_rows(x), x.dtype)
+
+
 class Fp8Twin(_Derived):
     """``scale_x (q_x q_wᵀ) scale_wᵀ + bias`` by ``torch._scaled_mm``: e4m3 in, the dtype of x out.
 
@@ -57,6 +62,7 @@ class Fp8Twin(_Derived):
     """
 
     joint: tuple[Fp8Twin, tuple[Fp8Twin, ...]] | None = None
+    reads_rows8 = True
 
     def __init__(self, module: nn.Linear) -> None:
         self.weight, scale = quantize_rows(module.weight.detach())
@@ -79,22 +85,22 @@ class Fp8Twin(_Derived):
         for twin, weight, scale in zip(twins, whole.weight.split(sizes), whole.scale.split(sizes, 1), strict=True):
             twin.weight, twin.scale, twin.joint = weight, scale, (whole, tuple(twins))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:  # torch refuses the scales of no rows
-            return x.new_empty(0, self.weight.shape[0])
-        q, scale = quantize_rows(x)
+    def __call__(self, x: Tensor | Rows8) -> Tensor:
+        q, scale, dtype = rows8(x)
+        if q.shape[0] == 0:  # torch refuses the scales of no rows
+            return q.new_empty(0, self.weight.shape[0], dtype=dtype)
         return torch._scaled_mm(
-            q, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+            q, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=dtype, use_fast_accum=True
         )
 
 
 class EmulatedFp8Twin(Fp8Twin):
     """The same numbers, multiplied in float32 on any device: what fp8 costs in accuracy, not what it gains in time."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        q, scale = quantize_rows(x)
+    def __call__(self, x: Tensor | Rows8) -> Tensor:
+        q, scale, dtype = rows8(x)
         y = (q.float() @ self.weight.float().t()) * scale * self.scale
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).to(dtype)
 
 
 class Int8Twin(_Derived):
