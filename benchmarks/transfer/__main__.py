@@ -40,14 +40,14 @@ def main(
     accounts = study.accounts()
     record = {
         "schema": 1, "benchmark": "transfer", "preset": preset, "paragraphs": study.preset.paragraphs, **facts(device),
-        "chance": {task.name: task.chance for task in study.tasks()}, "seconds": time.perf_counter() - start,
-        **accounts,
+        "chance": {task.name: task.chance for task in study.tasks()}, **accounts,
         "backend": BACKEND.value(), "mt": study.mt_quality(),
         "leaks": {
             task.name: leaks(task, Path(study.rows(task, "train")), Path(study.rows(task, f"test-{ENGLISH.name}")))
             for task in study.tasks()
         },
         "accuracy": report.summarise(records), "costs": costs_of(study),
+        "seconds": time.perf_counter() - start,  # the last: of everything before it
     }  # fmt: skip
     write_json(output_dir / "report.json", record)
     write_json(output_dir / "records.json", records)
