@@ -95,7 +95,7 @@ def all_stages(out: Path, size: str) -> list[Stage]:
     layers = ("rms_norm", "rope", "swiglu", "layer_norm", "bias_relu", "embed_tokens", "lora_linear", "quantize_rows")
 
     # The ops and the model in one stage: every worker imports everything once. What takes longest comes last.
-    tested = ("gpu", "graphs", "norm_pool", "varlen_attention", *layers, "precision")
+    tested = ("gpu", "graphs", "graphs_gpu", "norm_pool", "varlen_attention", *layers, "precision", "twins")
     tested += ("distillation_loss", "token_kl_loss", "stack_projection")
     profile = (python, "benchmarks/profile_model.py", "--size", size, "--out", str(out / "profile.json"))
 

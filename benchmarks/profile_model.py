@@ -21,10 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from mtllm_fast.bench.facts import facts
 from mtllm_fast.bench.measure import timed
 from mtllm_fast.bench.options import BenchOptions
-from mtllm_fast.bench.peers import fp8_model, inference_model, packed_encode, why_no_fp8
+from mtllm_fast.bench.peers import fp8_model, inference_model, packed_encode
 from mtllm_fast.bench.sizes import SIZES, make_stack
 from mtllm_fast.bench.train_peers import losses, make_train_stack, step
 from mtllm_fast.bench.workloads import MEAN_SENTENCE, make_workload, one_text
+from mtllm_fast.models.precision import why_not_here
 
 TOP = 40
 NAME = 110  # characters of a kernel's name that tell it from others
@@ -57,7 +58,7 @@ def encoding(size: str, device: torch.device) -> dict[str, Any]:
     full, one = make_workload("full", 32, vocabulary, 0), one_text(MEAN_SENTENCE, vocabulary, 0)
     found = {}
     models = {"ours": inference_model}
-    if why_no_fp8(device, torch.bfloat16) is None:
+    if why_not_here("fp8", device, torch.bfloat16) is None:
         models["ours-fp8"] = fp8_model
     for name, make in models.items():
         encode = packed_encode(make(stack), batch_tokens=full.tokens)

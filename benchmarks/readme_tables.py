@@ -186,9 +186,9 @@ def transfer_tables(records: dict[Path, dict[str, Any]]) -> list[str]:
     for file, record in records.items():
         seeds = len(field(record, "accuracy", file)[0]["seeds"])
         backend = "" if field(record, "backend", file) == "auto" else f", backend {record['backend']}"
-        what = (
-            f"`{field(record, 'preset', file)}`{backend}, {machine(record, file)}, {record['seconds'] / 60:.0f} minutes"
-        )
+        seconds = field(record, "seconds", file)
+        took = "cut off and gone on with" if seconds is None else f"{seconds / 60:.0f} minutes"
+        what = f"`{field(record, 'preset', file)}`{backend}, {machine(record, file)}, {took}"
         lines += [
             f"Accuracy on the languages that the MT model was trained on, % ({link(what, file)}; mean and 95 % interval"
         ]

@@ -99,3 +99,17 @@ def agree(one, other, tolerance: float) -> None:
     largest = max(grad.norm() for grad in other[1].values())
     for name, grad in other[1].items():
         assert (one[1][name] - grad).norm() <= 20 * tolerance * (grad.norm() + 1e-3 * largest), name
+
+
+def _cpu_scales_rows() -> bool:
+    """PyTorch 2.11's ``_scaled_mm`` on a CPU has one scale per tensor."""
+    x, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+CPU_SCALES_ROWS = _cpu_scales_rows()
+NEEDS_ROW_SCALES = "this PyTorch's _scaled_mm on a CPU has one scale per tensor"

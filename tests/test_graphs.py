@@ -6,19 +6,18 @@ import contextlib
 import copy
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
+from graphing import BATCHES, assert_right, eager, graphed, packed
 from stacks import new_stack, with_lora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 
 from mtllm_fast import MTLLM
-from mtllm_fast.models import encoding, graphs
+from mtllm_fast.models import graphs
 from mtllm_fast.testing.tolerance import relative_error
 
 TEXTS = ["Habari ya dunia", "Wie geht's?", "", "Good morning, everyone, and welcome to the show.", "你好，世界", "Ja."]
@@ -71,33 +70,6 @@ def model(made) -> MTLLM:
 
 def captures(made: list[FakeBackend]) -> int:
     return sum(backend.captures for backend in made)
-
-
-def packed(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.random.default_rng(sum(lengths)).integers(4, 320, sum(lengths))
-    return ids, np.cumsum([0, *lengths]).astype(np.int32)
-
-
-def eager(model: MTLLM, ids: np.ndarray, cu_seqlens: np.ndarray, output: str = "pooled") -> torch.Tensor:
-    batch = encoding._to_device(model, ids, cu_seqlens, int(np.diff(cu_seqlens).max()))
-    with torch.no_grad():
-        return model.pooled(batch) if output == "pooled" else model.hidden(batch)
-
-
-def graphed(model: MTLLM, *lengths: int, output: str = "pooled", at_once: bool = True) -> torch.Tensor | None:
-    with torch.no_grad():
-        return model.graphs.run(model, *packed(*lengths), output, at_once)
-
-
-def assert_right(model: MTLLM, *lengths: int, output: str = "pooled", tolerance: float = 1e-5) -> None:
-    found, want = graphed(model, *lengths, output=output), eager(model, *packed(*lengths), output)
-    assert found is not None
-    assert found.shape == want.shape
-    assert found.dtype == want.dtype
-    assert relative_error(found, want) < tolerance
-
-
-BATCHES = [(1,), (2,), (40,), (127,), (128,), (129,), (3, 2, 5), (100, 20, 9, 2), (2,) * 64, (300, 130, 7), (16,) * 63]
 
 
 @pytest.mark.parametrize("output", ["pooled", "tokens"])
@@ -424,105 +396,3 @@ def test_the_forward_reads_no_value_on_the_host(family, output):
         static = torch.empty(256 + 9, dtype=torch.int32)
         out = graphs._forward(model, static, graphs.Shape(256, 8, 128), output)
     assert out.shape == ((8, 64) if output == "pooled" else (256, 64))
-
-
-GPU = torch.device("cuda")
-
-
-@pytest.fixture
-def on_gpu():
-    def make(dtype: torch.dtype = torch.bfloat16) -> MTLLM:
-        return new_stack(dtype=dtype).to(GPU).eval()
-
-    return make
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gpu_equals_eager(on_gpu, dtype, fused):
-    model = on_gpu(dtype)
-    with torch.no_grad():
-        model.nllb_encoder.embed_tokens.weight[0] = float("nan")  # what dead tokens are made of
-    if fused:
-        model.fuse()
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for output in ("pooled", "tokens"):
-        for lengths in BATCHES:
-            assert_right(model, *lengths, output=output, tolerance=tolerance)
-    count = len(model.graphs)
-    for lengths in BATCHES:
-        assert_right(model, *lengths, tolerance=tolerance)
-    assert len(model.graphs) == count
-
-
-@pytest.mark.gpu
-def test_gpu_results_are_the_same_bits_every_time(on_gpu):
-    model = on_gpu()
-    first = graphed(model, 40, 9)
-    for _ in range(3):
-        graphed(model, 100, 2)
-        assert torch.equal(graphed(model, 40, 9), first)
-
-
-@pytest.mark.gpu
-def test_gpu_threads_on_streams_of_their_own(on_gpu):
-    model = on_gpu(torch.float32)
-    jobs = [(3 + i, 2 + i % 7) for i in range(12)] * 8
-
-    def work(lengths: tuple[int, ...]) -> torch.Tensor:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found = graphed(model, *lengths)
-            torch.cuda.current_stream().synchronize()
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(work, jobs))
-    for lengths, states in zip(jobs, found, strict=True):
-        assert relative_error(states, eager(model, *packed(*lengths))) < 1e-5
-
-
-@pytest.mark.gpu
-def test_gpu_memory_is_bounded_and_comes_back(on_gpu):
-    model = on_gpu()
-    eager(model, *packed(1000))
-    graphed(model, 8)  # cuBLAS keeps a workspace for the stream of all captures
-    model.release_graphs()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    one = 0
-    for tokens in graphs.TOKENS[::-1]:
-        for lengths in [(tokens,), (tokens // 4,) * 4, (tokens // 32,) * 32]:
-            graphed(model, *lengths)
-        one = one or torch.cuda.memory_reserved() - before
-    assert torch.cuda.memory_reserved() - before <= 2 * one + 2**24  # the largest comes first, the others fit into it
-    model.release_graphs()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**24
-
-
-@pytest.mark.gpu
-def test_gpu_a_batch_waits_for_nothing(on_gpu):
-    model = on_gpu()
-    graphed(model, 40)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graphed(model, 41)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_gpu_one_text_is_faster():
-    model = MTLLM.from_pretrained("tiny", dtype=torch.bfloat16, device_map="cuda")
-
-    def seconds(switch: bool) -> float:
-        found = []
-        for _ in range(20):
-            start = time.perf_counter()
-            model.encode("Habari ya dunia", "swh_Latn", cuda_graphs=switch).cpu()
-            found.append(time.perf_counter() - start)
-        return sorted(found)[10]
-
-    seconds(True)  # captures
-    assert seconds(True) < seconds(False)

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import pickle
-import sys
 from collections import Counter
 
-import numpy as np
 import peft
 import pytest
 import torch
-from stacks import LORA, batch, new_stack, with_lora
+from stacks import CPU_SCALES_ROWS, LORA, NEEDS_ROW_SCALES, batch, new_stack, with_lora
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtllm_fast import MTLLM, quantize_rows
-from mtllm_fast.cli import precision_report
-from mtllm_fast.cli.app import main
-from mtllm_fast.core import int8
+from mtllm_fast import MTLLM
 from mtllm_fast.models import precision as precision_module
-from mtllm_fast.models.linear import joint_product, linear
+from mtllm_fast.models.linear import joint_product
 from mtllm_fast.models.plain import TWIN
-from mtllm_fast.models.precision import EmulatedFp8Twin, Fp8Twin, Int8Twin
 from mtllm_fast.testing.tolerance import relative_error
 from mtllm_fast.tiny import article_1
 
 ON_A_CPU = ["int8", "fp8-emulated"]
 QUANTISED = 4 + 7  # of the two layers: all but the first one's q, k and v
-
-
-def _cpu_scales_rows() -> bool:
-    """PyTorch 2.11's ``_scaled_mm`` on a CPU has one scale per tensor."""
-    x, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True
-
-
-CPU_SCALES_ROWS = _cpu_scales_rows()
-NEEDS_ROW_SCALES = "this PyTorch's _scaled_mm on a CPU has one scale per tensor"
 
 
 def quantised_stack(precision: str = "int8", family: str = "llama", **options) -> MTLLM:
@@ -61,100 +37,6 @@ def outputs(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
 
 def twins(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if module.__dict__.get(TWIN) is not None}
-
-
-def new_linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    torch.manual_seed(0)
-    module = nn.Linear(160, 96, bias=bias, dtype=dtype)
-    with torch.no_grad():
-        module.weight *= torch.logspace(-3, 2, 96)[:, None]  # what a single scale could not represent
-    return module
-
-
-def new_rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    torch.manual_seed(1)
-    return (torch.randn(37, 160) * torch.logspace(-4, 3, 37)[:, None]).to(dtype)
-
-
-def integers(rows: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as integers in -levels..levels, with the scale of each."""
-    scale = rows.double().abs().amax(1, keepdim=True) / levels
-    return (rows.double() / scale).round(), scale
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@torch.no_grad()
-def test_int8_is_the_product_of_the_rounded_operands(dtype: torch.dtype, bias: bool) -> None:
-    module, x = new_linear(bias, dtype), new_rows(dtype)
-    levels = 2 ** (int8.activation_bits() - 1) - 1
-    (q_x, scale_x), (q_w, scale_w) = integers(x, levels), integers(module.weight, 127)
-    expected = (q_x @ q_w.t()) * scale_x * scale_w.t()
-    y = Int8Twin(module)(x)
-    assert y.dtype == dtype
-    got = y if module.bias is None else y.double() - module.bias.double()
-    # A value that lies between two integers may round to the other one in float32: one step in one of 160 products.
-    assert relative_error(got, expected) < (1e-3 if dtype == torch.float32 else 5e-3)
-    exact = F.linear(x.double(), module.weight.double())
-    errors = (got.double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert errors.max() < 3 * (1 / levels + 1 / 127) / 12**0.5 * 3.5, "every row has a scale of its own"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@torch.no_grad()
-def test_fp8_is_the_product_of_the_rounded_operands(dtype: torch.dtype, bias: bool) -> None:
-    module, x = new_linear(bias, dtype), new_rows(dtype)
-    (q_x, scale_x), (q_w, scale_w) = quantize_rows(x), quantize_rows(module.weight)
-    rounded = (q_x.double() * scale_x), (q_w.double() * scale_w)
-    expected = F.linear(*rounded, module.bias.double() if bias else None)
-    twins = (Fp8Twin(module),) if dtype == torch.bfloat16 and CPU_SCALES_ROWS else ()
-    for twin in (*twins, EmulatedFp8Twin(module)):
-        assert twin(x[:0]).shape == (0, 96)
-        y = twin(x)
-        assert y.dtype == dtype
-        assert relative_error(y, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
-
-
-@pytest.mark.parametrize("kind", [Int8Twin, EmulatedFp8Twin])
-@torch.no_grad()
-def test_corners_of_a_twin(kind: type) -> None:
-    module, x = new_linear(bias=False), new_rows()
-    twin = kind(module)
-    assert twin(x[:0]).shape == (0, 96)
-    assert torch.equal(twin(torch.zeros(3, 160)), torch.zeros(3, 96))
-    assert torch.equal(twin(torch.stack((x, x), 1)[:, 0]), twin(x)), "rows may be strided"
-    for bad in (float("nan"), float("inf")):
-        spoilt = x.clone()
-        spoilt[5, 7] = bad
-        y = twin(spoilt)
-        assert y[5].isnan().all()
-        assert torch.equal(y[:5], twin(x)[:5])
-    module.weight[3, 4] = float("nan")
-    module.weight[8] = 0
-    y = kind(module)(x)
-    assert y[:, 3].isnan().all()
-    assert torch.equal(y[:, 8], torch.zeros(37))
-    assert y[:, 4:].isfinite().all()
-
-
-def test_seven_bits_where_eight_would_saturate() -> None:
-    assert int8.activation_bits() in (7, 8)
-    weight = torch.full((16, 256), 1.0)
-    y = int8.Int8Weight(weight).multiply(torch.ones(4, 256))  # the largest integers everywhere
-    torch.testing.assert_close(y, torch.full((4, 16), 256.0))
-
-
-@pytest.mark.parametrize("name", ["activation", "times", "plus"])
-@torch.no_grad()
-def test_what_follows_a_product(name: str) -> None:
-    module, x = new_linear(), new_rows()
-    twin = module.__dict__[TWIN] = Int8Twin(module)
-    operand = torch.randn(37, 96)
-    follows = {"activation": nn.SiLU()} if name == "activation" else {name: operand}
-    y = twin(x)
-    expected = {"activation": F.silu(y), "times": y * operand, "plus": y + operand}[name]
-    assert torch.equal(linear(module, x, **follows), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -183,7 +65,7 @@ def test_the_tiny_model_in_many_languages(precision: str, closest: float) -> Non
 
 @pytest.mark.skipif(not CPU_SCALES_ROWS, reason=NEEDS_ROW_SCALES)
 def test_fp8_end_to_end_with_the_products_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision_module, "_why_not_here", lambda *_: None)
+    monkeypatch.setattr(precision_module, "why_not_here", lambda *_: None)
     emulated = outputs(quantised_stack("fp8-emulated", dtype=torch.bfloat16))
     assert relative_error(outputs(quantised_stack("fp8", dtype=torch.bfloat16)), emulated) < 1e-2
 
@@ -397,7 +279,7 @@ def test_what_cannot_be_had_says_why(precision: str, options: dict, message: str
 
 
 def test_reasons_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, here = torch.device("cuda", 0), precision_module._why_not_here
+    gpu, here = torch.device("cuda", 0), precision_module.why_not_here
     assert here("int8", gpu, torch.bfloat16) == "int8 runs on a CPU, the model is on cuda:0"
     monkeypatch.setattr(precision_module, "compute_capability", lambda index: (8, 0))
     assert here("fp8", gpu, torch.bfloat16) == "fp8 needs compute capability 8.9, this GPU has 8.0"
@@ -464,87 +346,3 @@ def test_copies_and_pickles_are_their_own() -> None:
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(outputs(loaded), expected)
     assert twins(loaded) == twins(model)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Int8Twin,
-        EmulatedFp8Twin,
-        pytest.param(Fp8Twin, marks=pytest.mark.skipif(not CPU_SCALES_ROWS, reason=NEEDS_ROW_SCALES)),
-    ],
-)
-@torch.no_grad()
-def test_compiled_once_for_all_batches(kind: type) -> None:
-    torch.compiler.reset()
-    module = new_linear(dtype=torch.bfloat16)
-    module.__dict__[TWIN] = kind(module)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: linear(module, x), fullgraph=True, dynamic=True, backend=counter)
-    graphs = []
-    for rows in (37, 5, 20):
-        x = new_rows(torch.bfloat16)[:rows].clone()
-        assert torch.equal(compiled(x), linear(module, x))
-        graphs.append(counter.frame_count)
-    assert graphs == graphs[:1] * 3, "another batch must not recompile"
-
-
-def test_the_report_of_a_model_against_itself_and_of_known_embeddings() -> None:
-    plain = torch.eye(4, 8) + 0.1 * torch.arange(4)[:, None]
-    same = precision_report.compare(plain, 3 * plain, list("abcd"))
-    assert same["cosine"] == {"min": pytest.approx(1), "mean": pytest.approx(1)}
-    assert same["same_nearest_neighbour"] == 1
-    turned = plain.clone()
-    turned[2] = plain[0] + 0.01
-    found = precision_report.compare(plain, turned, list("abcd"))
-    cosine = F.cosine_similarity(plain[2], turned[2], dim=0).item()
-    assert found["furthest"][0] == {"text": 2, "language": "c", "cosine": pytest.approx(cosine)}
-    assert found["cosine"] == {"min": pytest.approx(cosine), "mean": pytest.approx((3 + cosine) / 4)}
-    assert found["same_nearest_neighbour"] < 1
-    assert precision_report.compare(plain[:2], plain[:2], list("ab"))["same_nearest_neighbour"] is None
-
-
-def test_the_report_s_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["mtllm-fast", "evaluate", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-        return 0
-
-    assert run("--precision-report", "--layers", "--out", tmp_path / "all.json", "--device", "cpu") == 0
-    shown = capsys.readouterr()
-    assert "fp8-emulated against float32" in shown.out
-    assert "18 linear layers, 0 left as they are" in shown.out
-    assert shown.err.endswith("whose embeddings mean nothing; give --model\n")
-    report = json.loads((tmp_path / "all.json").read_text())
-    assert (report["precision"], report["emulated"], report["texts"]) == ("fp8-emulated", True, len(article_1()))
-    assert 0.998 < report["cosine"]["min"] <= report["cosine"]["mean"] < 1
-    assert 0.8 < report["same_nearest_neighbour"] <= 1
-    assert len(report["layer_errors"]) == 3
-    assert all(0 < error < 0.1 for error in report["layer_errors"])
-
-    texts = tmp_path / "texts.txt"
-    texts.write_text("Habari ya dunia\nHabari za asubuhi\n")
-    options = ["--precision-report", "--precision", "int8", "--texts", texts, "--device", "cpu"]
-    assert run(*options, "--src-lang", "sw", "--out", tmp_path / "two.json") == 0
-    report = json.loads((tmp_path / "two.json").read_text())
-    assert (report["precision"], report["emulated"], report["texts"]) == ("int8", False, 2)
-    assert report["same_nearest_neighbour"] is None
-    for wrong in (options, [], ["--precision-report", "--src-lang", "sw"], ["--precision-report", "--model", "/no"]):
-        capsys.readouterr()
-        assert run(*wrong) == 2
-        assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_encode_s_option(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "in.txt").write_text("Habari ya dunia\nHabari za asubuhi\n")
-    arguments = ["encode", tmp_path / "in.txt", "--src-lang", "sw", "--out", tmp_path / "out.npy", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["mtllm-fast", *map(str, arguments), "--precision", "int8"])
-    with contextlib.suppress(SystemExit):
-        main()
-    model = MTLLM.from_pretrained("tiny")
-    model.fuse("int8")
-    expected = model.encode(["Habari ya dunia", "Habari za asubuhi"], "swh_Latn", convert_to_numpy=True)
-    assert relative_error(torch.from_numpy(np.load(tmp_path / "out.npy")), torch.from_numpy(expected)) < 1e-3

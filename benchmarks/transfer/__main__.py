@@ -34,12 +34,12 @@ def main(
         raise typer.BadParameter(f"must be one of {', '.join(PRESETS)}, got {preset!r}", param_hint="--preset")
     quiet(1)
     study, start = Study(output_dir, PRESETS[preset]), time.perf_counter()
-    study.claim()
+    new = study.claim()
+    machine = facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # as the commands choose
     records = run(study, workers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the commands choose
     accounts = study.accounts()
     record = {
-        "schema": 1, "benchmark": "transfer", "preset": preset, "paragraphs": study.preset.paragraphs, **facts(device),
+        "schema": 1, "benchmark": "transfer", "preset": preset, "paragraphs": study.preset.paragraphs, **machine,
         "chance": {task.name: task.chance for task in study.tasks()}, **accounts,
         "backend": BACKEND.value(), "mt": study.mt_quality(),
         "leaks": {
@@ -47,7 +47,7 @@ def main(
             for task in study.tasks()
         },
         "accuracy": report.summarise(records), "costs": costs_of(study),
-        "seconds": time.perf_counter() - start,  # the last: of everything before it
+        "seconds": time.perf_counter() - start if new else None,  # the last: of everything before it
     }  # fmt: skip
     write_json(output_dir / "report.json", record)
     write_json(output_dir / "records.json", records)

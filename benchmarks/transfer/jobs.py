@@ -78,7 +78,7 @@ def job(study: Study, method: str, *args: Any) -> Any:
 
 
 def run(study: Study, workers: int) -> list[dict[str, Any]]:
-    """Every phase, ``workers`` jobs at a time; the records of its last."""
+    """Every phase, ``workers`` jobs at a time; the records of all."""
     records: list[dict[str, Any]] = []
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")

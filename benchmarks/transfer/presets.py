@@ -66,7 +66,9 @@ class Preset:
         """Read under a relative's code, or under the poorest's that there is."""
         codes = [language.code for language in self.seen]
         rest = (language for language in self.all_languages if not language.parallel)
-        return tuple(one if one.read_as in codes else replace(one, read_as=codes[-1]) for one in rest)
+        found = tuple(one if one.read_as in codes else replace(one, read_as=codes[-1]) for one in rest)
+        assert len({one.read_as for one in found}) == len(found), "results are kept by code"
+        return found
 
 
 PRESETS = {

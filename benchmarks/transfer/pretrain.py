@@ -154,6 +154,8 @@ class Aligned(nn.Module):
         other = self.model.model.encoder(input_ids=targets, attention_mask=mask).last_hidden_state
         ours = _mean(out.encoder_last_hidden_state, batch["attention_mask"])
         scores = ours @ _mean(other, mask).T / _TEMPERATURE
+        alike = (targets[:, None] == targets[None]).all(-1)  # no contrast between two of one text
+        scores = scores.masked_fill(alike.fill_diagonal_(False), float("-inf"))
         aims = torch.arange(len(scores), device=scores.device)
         return {"loss": out.loss + (F.cross_entropy(scores, aims) + F.cross_entropy(scores.T, aims)) / 2}
 

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.transfer.languages import BY_NAME, LANGUAGES
 from benchmarks.transfer.names import BEAM, ENCODER, GREEDY, GROUPS, MT_LLM, ZERO_SHOT
 
+SURFACE = "surface alone, English"
 PLOTTED = (MT_LLM, BEAM, GREEDY, ENCODER, ZERO_SHOT)
 
 
@@ -55,6 +56,9 @@ def summary(record: dict[str, Any], languages: str = "seen") -> list[str]:
     tasks = list(record["chance"])
     chances = " | ".join(f"{task} (chance {100 * record['chance'][task]:.0f})" for task in tasks)
     lines = [f"| system | {chances} | MFLOP/row |", "| --- |" + " ---: |" * (len(tasks) + 1)]
+    surface = [_surface(record, task) for task in tasks]
+    if any(surface):
+        lines.append(f"| {SURFACE} | {' | '.join(cell or '–' for cell in surface)} | – |")
     rows = [row for row in record["accuracy"] if row["languages"] == languages]
     for system in dict.fromkeys(row["system"] for row in rows):
         cells = {row["task"]: _cell(row) for row in rows if row["system"] == system}
@@ -73,6 +77,8 @@ def table(record: dict[str, Any]) -> list[str]:
         groups = [group for group in GROUPS if any(r["languages"] == group for r in rows)]
         lines.append(f"| system | {' | '.join(groups)} | rows/s | MFLOP/row |")
         lines.append("| --- |" + " ---: |" * (len(groups) + 2))
+        if surface := _surface(record, task):
+            lines.append(f"| {SURFACE} |{f' {surface} |' * len(groups)} – | – |")
         for system in dict.fromkeys(r["system"] for r in rows):
             cells = {r["languages"]: r for r in rows if r["system"] == system}
             cost = record["costs"][task].get(system)
@@ -80,6 +86,12 @@ def table(record: dict[str, Any]) -> list[str]:
             lines.append(f"| {system} | {' | '.join([*(_cell(cells[group]) for group in groups), *costs])} |")
         lines.append("")
     return lines
+
+
+def _surface(record: dict[str, Any], task: str) -> str | None:
+    """What the best baseline of ``leaks.py`` gets right without knowing what the words mean together."""
+    found = record.get("leaks", {}).get(task)
+    return f"{100 * max(found.values()):.1f}" if found else None
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import mtllm_fast
 from benchmarks.transfer import corpora, english, pretrain
 from benchmarks.transfer.languages import ENGLISH
 from benchmarks.transfer.names import ABLATIONS, BEAM, ENCODER, GREEDY, MT_LLM, STAGE_1_ONLY, ZERO_SHOT
@@ -84,21 +85,27 @@ class Study:
             [("run_task", seed, task, "students") for task in tasks for seed in seeds],
         ]  # fmt: skip
 
-    def claim(self) -> None:
-        """Take the folder.
+    def claim(self) -> bool:
+        """Take the folder; whether it is new, and not that of a run that was cut off.
 
         Raises:
             FileExistsError: it holds a study of other sizes, of another version of this code, or on other backends.
         """
-        code = {file.name: digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))}
+        folders = (Path(__file__).parent, Path(mtllm_fast.__file__).parent)
+        code = {
+            str(file.relative_to(root.parent)): digest(file) for root in folders for file in sorted(root.rglob("*.py"))
+        }
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = {"preset": asdict(self.preset), "world": WORLD, "backend": BACKEND.value(), "device": device}
+        settings["torch"] = torch.__version__
         settings = json.loads(json.dumps({**settings, "code": code}))
         self.root.mkdir(parents=True, exist_ok=True)
         file = self.root / "study.json"
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        new = not file.exists()
+        if not new and json.loads(file.read_text(encoding="utf-8")) != settings:
             raise FileExistsError(f"{self.root} holds another study: choose another output_dir")
         write_json(file, settings)
+        return new
 
     def account(self, name: str, seconds: float, backends: Mapping[str, int]) -> None:
         """Note of a job how long it took and which backends served it; of one that was done before, nothing."""
@@ -120,12 +127,12 @@ class Study:
         known = {meaning for paragraph in corpora.parallel(self.preset.paragraphs, WORLD) for meaning in paragraph}
         new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and p[0] not in known)
         sentences = list(itertools.islice(new, count))
-        translate = Translator(str(self.root / "mt"), max_new_tokens=MAX_NEW)
+        translate, draw = Translator(str(self.root / "mt"), max_new_tokens=MAX_NEW), random.Random(f"{WORLD} wordings")
+        wordings = [{english.say(p[0], draw) for _ in range(3000)} for p in sentences]
         quality = {}
         for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
             said = translate([language.say(p[0], draw) for p in sentences], [language.code] * len(sentences))
-            wordings = [{english.say(p[0], draw) for _ in range(400)} for p in sentences]
             quality[language.name] = sum(s in w for s, w in zip(said, wordings, strict=True)) / len(sentences)
         return quality
 
@@ -143,9 +150,9 @@ class Study:
             (folder / "documents.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
             for task in self.tasks():
                 (folder / task.name).mkdir()
-                train = items_of(task, "train", self.preset.train_rows[task.name], WORLD)
-                dev = items_of(task, "dev", self.preset.dev_rows, WORLD, train)
-                test = items_of(task, "test", self.preset.test_rows, WORLD, [*train, *dev])
+                test = items_of(task, "test", self.preset.test_rows, WORLD)
+                dev = items_of(task, "dev", self.preset.dev_rows, WORLD, test)
+                train = items_of(task, "train", self.preset.train_rows[task.name], WORLD, [*dev, *test])
                 for split, items in (("train", train), ("dev", dev), (f"test-{ENGLISH.name}", test)):
                     rows = rows_of(task, items, ENGLISH, f"{WORLD} {split}")
                     write_rows(folder / task.name / f"{split}.jsonl", rows)

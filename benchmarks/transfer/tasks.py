@@ -110,7 +110,7 @@ def _states(sampler: Sampler) -> tuple[State, dict[str, State]]:
     contradicts = exclusive if positive and draw.random() < _EXCLUDED else opposite
     affirmed = draw.random() < (1 + _EXCLUDED) / 2  # as often as those two are
     if draw.random() < 0.5:
-        others = [word for other in EXCLUSIVE if other is not group for word in [draw.choice(other)]]
+        others = [draw.choice(other) for other in EXCLUSIVE if other is not group]
         neutral = State(noun, draw.choice(others), affirmed)
     else:
         word = draw.choice((hypothesis.adjective, exclusive.adjective))
@@ -190,19 +190,20 @@ TASKS = {
 
 
 def items_of(task: WorldTask, split: str, count: int, seed: str, other_than: Sequence[Item] = ()) -> list[Item]:
-    """``count`` items of different meanings, none of which is among ``other_than``.
+    """``count`` items, none of which is among ``other_than``; those to learn from may repeat, others do not.
 
     What is drawn together, one of each label, stays together: were only the known one left out, labels would lean to
-    those that repeat less.
+    those that repeat less. Were rows to learn from all different, those of which there are few would be used up.
     """
-    sampler = Sampler(f"{seed} {task.name} {split}", learning=split == "train")
+    learning = split == "train"
+    sampler = Sampler(f"{seed} {task.name} {split}", learning)
     seen = {item.key for item in other_than}
     items: list[Item] = []
     while len(items) < count:
         drawn = task.draw(sampler)
         if not any(item.key in seen for item in drawn):
-            seen.update(item.key for item in drawn)
             items += drawn
+            seen.update(item.key for item in drawn if not learning)
     return items[:count]
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtllm_fast.bench.sizes import Stack
+from mtllm_fast.bench.sizes import Stack, share_tensors
 from mtllm_fast.bench.workloads import IdArray, Workload, flat
 from mtllm_fast.models.encoding import upload
 
@@ -171,19 +171,9 @@ def fp8_model(stack: Stack) -> Any:
     config = copy.deepcopy(stack.model.config)
     with torch.device("meta"):
         model = type(stack.model)(config)
-    model.load_state_dict(stack.model.state_dict(), assign=True)
-    for name, buffer in stack.model.named_buffers():  # those that no state dict holds: sinusoids, rotary frequencies
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, buffer)
+    share_tensors(model, stack.model)
     model.eval().fuse("fp8")
     return model
-
-
-def why_no_fp8(stack_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``ours-fp8`` cannot run here, or None."""
-    if stack_device.type != "cuda" or torch.cuda.get_device_capability(stack_device) < (8, 9):
-        return "fp8 needs a GPU of compute capability 8.9 or newer"
-    return None if dtype == torch.bfloat16 else f"fp8 is for bfloat16 models, not for {dtype}"
 
 
 def translate_encode(stack: Stack, translator: Any, batch_size: int, num_beams: int) -> Encode:

@@ -26,12 +26,12 @@ from mtllm_fast.bench.peers import (
     padded_encode,
     reference_forward,
     translate_encode,
-    why_no_fp8,
 )
 from mtllm_fast.bench.sizes import Stack, make_stack, make_translator
 from mtllm_fast.bench.truth import true_embeddings
 from mtllm_fast.bench.workloads import MEAN_SENTENCE, Workload, make_workload, one_text
 from mtllm_fast.core.errors import WrongResultError
+from mtllm_fast.models.precision import why_not_here
 
 GATE_TEXTS = 16
 # Rounding errors add up over the layers of random weights (0.983 at 8B); a wrong scale leaves nothing of a cosine.
@@ -74,7 +74,7 @@ def make_peers(options: BenchOptions, stack: Stack, workload: Workload) -> list[
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a peer cannot run on this machine, or None if nothing is known against it."""
     if name == "ours-fp8":
-        return why_no_fp8(device, dtype)
+        return why_not_here("fp8", device, dtype)
     if name != "liger":
         return None
     from mtllm_fast.bench.liger import why_no_liger

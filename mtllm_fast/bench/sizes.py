@@ -131,11 +131,16 @@ def plain_copy(module_class: Any, tower: Any) -> Any:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         module = module_class(config)
-    module.load_state_dict(tower.state_dict(), assign=True)
-    for name, buffer in tower.named_buffers():  # those that no state dict holds: sinusoids, rotary frequencies
+    share_tensors(module, tower)
+    return module.eval().requires_grad_(False)
+
+
+def share_tensors(module: Any, source: Any) -> None:
+    """Put the tensors of ``source`` into a module without data."""
+    module.load_state_dict(source.state_dict(), assign=True)
+    for name, buffer in source.named_buffers():  # those that no state dict holds: sinusoids, rotary frequencies
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, buffer)
-    return module.eval().requires_grad_(False)
 
 
 def encoder_config(shape: dict[str, int]) -> Any:

@@ -191,13 +191,14 @@ def why_not(model: MTLLM, precision: str | None) -> str | None:
     if precision is None:
         return None
     device, dtype = model.up_proj.weight.device, model.up_proj.weight.dtype
-    if reason := _why_not_here(precision, device, dtype):
+    if reason := why_not_here(precision, device, dtype):
         return reason
     reasons = [_why_not_layer(module, precision, device, dtype) for _, module in _linears(model)]
     return None if None in reasons else f"none of the LLM's linear layers can be quantised: the first {reasons[0]}"
 
 
-def _why_not_here(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_here(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no model of this dtype can be run in ``precision`` on this device, or None."""
     if dtype == torch.float64:
         return "the model is float64"
     if precision == "int8":
