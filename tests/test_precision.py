@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtllm_fast import MTLLM
 from mtllm_fast.models import precision as precision_module
 from mtllm_fast.models.linear import joint_product
-from mtllm_fast.models.plain import TWIN
+from mtllm_fast.models.plain import TWIN, is_linear
 from mtllm_fast.testing.tolerance import relative_error
 from mtllm_fast.tiny import article_1
 
@@ -246,6 +246,48 @@ def test_adapters_are_left_alone_and_counted() -> None:
     assert "9 linear layers, 2 left as they are" in str(report)
     assert "llm2vec.layers.0.mlp.down_proj is a Linear of peft" in str(report)
     assert relative_error(outputs(wrapped), plain) < 1e-2
+
+
+@torch.no_grad()
+def test_adapters_on_a_part_of_a_group_leave_the_rest_in_8_bits() -> None:
+    model = new_stack(up_proj_bias=True).eval()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*llm2vec.*(q|v|gate)_proj")).eval()
+    assert model.fuse("fp8-emulated").quantised == QUANTISED - 4, "q and v of the second layer, gate of both"
+    with Recorded() as recorded:
+        outputs(wrapped)
+    assert recorded.calls["quantize_rows"] == 7, "of 2 o, 2 up, 2 down, 1 k"
+    merged = wrapped.merge_and_unload()
+    outputs(merged)
+    assert len(twins(model)) == QUANTISED, "what had an adapter is a Linear again"
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "fp8-emulated"])
+def test_a_hooked_activation_is_called(precision: str | None) -> None:
+    model = new_stack(up_proj_bias=True).eval()
+    model.fuse(precision)
+    plain = outputs(model)
+    second_layer(model).mlp.act_fn.register_forward_hook(lambda module, args, out: out * 4)
+    assert relative_error(outputs(model), plain) > 1e-2
+
+
+def test_parts_of_a_fused_model() -> None:
+    model = quantised_stack()
+    with pytest.raises(ValueError, match="unfuse\\(\\) that model first"):
+        MTLLM.from_encoder_and_llm(model.nllb_encoder, copy.deepcopy(model.llm2vec))
+    tower = pickle.loads(pickle.dumps(model.llm2vec))
+    assert is_linear(tower.layers[1].mlp.down_proj)
+    model.llm2vec.layers[0] = copy.deepcopy(model.llm2vec.layers[1])
+    outputs(model)
+    model.unfuse()
+    assert not twins(model)
+
+
+@torch.no_grad()
+def test_a_compiled_model() -> None:
+    torch.compiler.reset()
+    model = quantised_stack("fp8-emulated")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(**batch()).pooler_output, outputs(model)) < 1e-5
 
 
 def test_adapters_on_every_layer_leave_nothing_to_quantise(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,8 +14,10 @@ from mtllm_fast.ops.rms_norm import rms_norm
 from mtllm_fast.ops.swiglu import swiglu
 from mtllm_fast.testing.inputs import packed_states
 from mtllm_fast.testing.poison import poisoned_memory
+from mtllm_fast.testing.tolerance import relative_error
 
 BACKENDS = ["reference", "triton"]
+NORM = {"norm_weight": torch.ones(16), "eps": 0.1}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every finite value of e4m3, from the least to the largest.
 GRID = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
@@ -83,15 +85,19 @@ def test_every_compiled_shape(dtype: torch.dtype, width: int, device: torch.devi
 
 
 def check_what_comes_before(backend: str, dtype: torch.dtype, width: int, device: torch.device, rows: int = 7) -> None:
-    """Bit for bit the op that comes before, then ``quantize_rows``, each by the same backend."""
+    """The op that comes before, then ``quantize_rows``: bit for bit, but for the order of a norm's sum on a GPU."""
     x, residual = (states(rows, width, dtype=dtype, device=device, row_stride=width + i, seed=i) for i in (3, 0))
     weight = 1 + packed_states((1,), width, seed=2, dtype=dtype, device=device)[0]
     gate_up = states(rows, 2 * width, dtype=dtype, device=device, row_stride=2 * width + 5)
+    exact = backend == "reference" or not x.is_cuda
+    activated = swiglu(gate_up, backend=backend)
+    if backend == "reference":  # which rounds silu(gate) too, as Hugging Face does
+        activated = swiglu(gate_up.float(), backend=backend).to(dtype)
     normed, summed = rms_norm(x, weight, eps=1e-5, residual=residual, backend=backend)
     expected = (
         (*quantize_rows(normed, backend=backend), summed),
         quantize_rows(rms_norm(x, weight, eps=1e-5, backend=backend), backend=backend),
-        quantize_rows(swiglu(gate_up, backend=backend), backend=backend),
+        quantize_rows(activated, backend=backend),
     )
     with poisoned_memory():
         found = (
@@ -103,7 +109,8 @@ def check_what_comes_before(backend: str, dtype: torch.dtype, width: int, device
         assert len(ours) == len(theirs)
         for one, other in zip(ours, theirs, strict=True):
             assert (one.dtype, one.shape, one.is_contiguous()) == (other.dtype, other.shape, True)
-            assert torch.equal(one.float(), other.float())
+            assert torch.equal(one.float(), other.float()) or not exact
+        assert relative_error(ours[0].float() * ours[1], theirs[0].float() * theirs[1]) < 5e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -170,7 +177,7 @@ def test_gradients_are_refused() -> None:
     q, _ = quantize_rows(states(3, 16).requires_grad_())
     with pytest.raises(RuntimeError, match="has no gradient"):
         q.float().sum().backward()
-    q, _ = quantize_rows(states(3, 16), norm_weight=torch.ones(16).requires_grad_())
+    q, _ = quantize_rows(states(3, 16), norm_weight=torch.ones(16).requires_grad_(), eps=1e-5)
     with pytest.raises(RuntimeError, match="has no gradient"):
         q.float().sum().backward()
 
@@ -180,16 +187,20 @@ def test_compiles_once_for_all_batches(backend: str, device: torch.device) -> No
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def dequantized(x: Tensor) -> Tensor:
-        q, scale = quantize_rows(x, backend=backend)
-        return q.float() * scale
+    norm = {"norm_weight": torch.ones(16, device=device), "eps": 0.1}
 
+    def plain(x: Tensor) -> tuple[Tensor, ...]:
+        q, scale = quantize_rows(x, backend=backend)
+        q_normed, scale_normed, summed = quantize_rows(x, **norm, residual=x, backend=backend)
+        q_gated, scale_gated = quantize_rows(x, gated=True, backend=backend)
+        return q.float() * scale, q_normed.float() * scale_normed, summed, q_gated.float() * scale_gated
+
+    dequantized = torch.compile(plain, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
     for rows in (3, 9, 4):
         x = states(rows, 16, device=device)
-        q, scale = quantize_rows(x, backend=backend)
-        assert torch.equal(dequantized(x), q.float() * scale)
+        for one, other in zip(dequantized(x), plain(x), strict=True):
+            assert torch.equal(one, other)
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 3, "another batch must not recompile"
 
@@ -211,15 +222,20 @@ def test_bad_input(x: object, error: type[Exception], message: str) -> None:
     ("options", "error", "message"),
     [
         ({"residual": torch.ones(3, 16)}, ValueError, "residual is added before a norm, got no norm_weight"),
-        ({"norm_weight": torch.ones(8)}, ValueError, r"norm_weight must be \[16\], got \[8\]"),
-        ({"norm_weight": torch.ones(16), "residual": torch.ones(2, 16)}, ValueError, r"residual must be \[3, 16\]"),
-        ({"norm_weight": torch.ones(16), "residual": torch.ones(3, 16).half()}, TypeError, "residual must be float32"),
-        ({"norm_weight": torch.ones(16), "gated": True}, ValueError, r"gated takes x \[T, 2 K\] and no norm_weight"),
+        ({"norm_weight": torch.ones(8), "eps": 0.1}, ValueError, r"norm_weight must be \[16\], got \[8\]"),
+        ({**NORM, "residual": torch.ones(2, 16)}, ValueError, r"residual must be \[3, 16\]"),
+        ({**NORM, "residual": torch.ones(3, 16).half()}, TypeError, "residual must be float32"),
+        ({**NORM, "gated": True}, ValueError, r"gated takes x \[T, 2 K\] alone, got \[3, 16\] norm_weight"),
+        ({"residual": torch.ones(3, 16), "gated": True}, ValueError, r"alone, got \[3, 16\] residual"),
+        ({"norm_weight": torch.ones(16)}, ValueError, "norm_weight and eps go together, got eps=None"),
+        ({"eps": 0.1}, ValueError, "go together, got eps=0.1 and norm_weight=None"),
     ],
 )
 def test_bad_combinations(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         quantize_rows(torch.ones(3, 16), **options)
+    with pytest.raises(ValueError, match=r"gated takes x \[T, 2 K\] alone, got \[3, 15\]$"):
+        quantize_rows(torch.ones(3, 15), gated=True)
 
 
 def test_the_kernel_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

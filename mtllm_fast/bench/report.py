@@ -130,7 +130,7 @@ def caption(record: dict[str, Any]) -> str:
     gate, versions = record["gate"], record["environment"]["versions"]
     rows = {row["name"]: row for row in record["peers"]}
     memory = {
-        "cuda-allocator": "peak of the CUDA allocator, weights included",
+        "cuda-allocator": "peak of the CUDA allocator, the weights of all peers included",
         "rss-high-water": "peak resident set of the whole process",
         "step": "what a step allocates at its peak beyond what is there before it",
         "unknown": "not available on this system",

@@ -27,7 +27,7 @@ def checksum(tensor: Tensor, sample: int | None = None) -> int:
 
 
 class Sample:
-    """A few bytes of each of many tensors on the host, as they were.
+    """A few bytes of each of many tensors, as they were; to compare those on a GPU waits for it.
 
     Weights that nobody reads lie in memory that no cache holds, so each place looked at costs a fraction of a
     microsecond, and the Python of one tensor several: the views are made once and read together.
@@ -35,7 +35,8 @@ class Sample:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         found = [view for tensor in tensors if (view := _places(tensor)) is not None]
-        self._views = [[view for view in found if view.dim() == dim] for dim in (1, 2)]
+        kinds = dict.fromkeys((view.device, view.dim()) for view in found)
+        self._views = [[view for view in found if (view.device, view.dim()) == kind] for kind in kinds]
         self._values = self._read()
 
     def unchanged(self) -> bool:
@@ -43,16 +44,16 @@ class Sample:
         return all(map(torch.equal, self._read(), self._values))
 
     def _read(self) -> list[Tensor]:
-        return [torch.cat(views) for views in self._views if views]
+        return [torch.cat(views) for views in self._views]
 
 
 def _places(tensor: Tensor) -> Tensor | None:
-    """Live bytes ``[places, _BYTES]`` of a tensor on the host, all ``[bytes]`` of a small one; else None."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0:
+    """Live bytes ``[places, _BYTES]`` of a tensor, all ``[bytes]`` of a small one; None without data."""
+    if tensor.is_meta or tensor.numel() == 0:
         return None
     storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
     count = min(tensor.nbytes, storage.nbytes() - start)
-    memory = torch.empty(0, dtype=torch.uint8).set_(storage, start, (count,), (1,))
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (count,), (1,))
     if count < _PLACES * _BYTES:
         return memory
     return memory.unfold(0, _BYTES, (count - _BYTES) // (_PLACES - 1))[:_PLACES]

@@ -114,7 +114,8 @@ def fuse(model: MTLLM, precision: str | None = None) -> Fused:
     report = FuseReport(form, errors, released)
     if quantised is not None:
         count, note = len(quantised.origins), eight_bits.note(quantised)
-        report = replace(report, precision=precision, quantised=count, kept=quantised.kept, note=note)
+        kept = {name: reason for name, (_, reason) in quantised.kept.items()}
+        report = replace(report, precision=precision, quantised=count, kept=kept, note=note)
     return Fused(composite, _sources(model), report, device, dtype, quantised)
 
 

@@ -269,6 +269,9 @@ def _baked_in(model: MTLLM) -> tuple[Any, ...]:
         model.nllb_encoder.config._attn_implementation,
         model.llm2vec.config._attn_implementation,
         torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.preferred_blas_library(),
         torch.are_deterministic_algorithms_enabled(),
     )
 

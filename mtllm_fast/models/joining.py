@@ -14,6 +14,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from mtllm_fast.configuration import MTLLMConfig
 from mtllm_fast.models.attention import DEFAULT_ATTENTION
 from mtllm_fast.models.layers import PACKED_LLMS
+from mtllm_fast.models.plain import has_twin
 from mtllm_fast.models.probe import check_bidirectional
 from mtllm_fast.models.towers import rope_frequencies_kept
 
@@ -47,11 +48,14 @@ def join(
 
     Raises:
         TypeError: a module that is neither.
+        ValueError: the LLM of a model that is fused in 8 bits.
         NotBidirectionalError: the LLM cannot attend to later tokens.
     """
     wanted = _dtype(dtype)
     encoder_module = _encoder_of(_load_encoder(encoder, wanted, device_map, hub_kwargs))
     llm_module = _decoder_of(_load_llm(llm, wanted, device_map, hub_kwargs))
+    if any(map(has_twin, llm_module.modules())):
+        raise ValueError("join: llm is (a copy) of a fused model in 8 bits: unfuse() that model first")
     if wanted is not None:
         with rope_frequencies_kept(llm_module):
             llm_module.to(dtype=wanted)

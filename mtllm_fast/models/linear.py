@@ -21,7 +21,7 @@ from mtllm_fast.core import onednn
 from mtllm_fast.core.dispatch import autocast_dtype, needs_grad, watched
 from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
 from mtllm_fast.models.merging import merged
-from mtllm_fast.models.plain import TWIN, Rows8, is_linear
+from mtllm_fast.models.plain import TWIN, Rows8, is_hooked, is_linear
 from mtllm_fast.ops.bias_relu import bias_relu
 from mtllm_fast.ops.lora_linear import Gated, RmsNormed
 from mtllm_fast.ops.quantize_rows import MAX_FUSED_WIDTH, quantize_rows
@@ -54,7 +54,7 @@ def linear(
         assert activation is times is None
         y = module.__dict__[TWIN](x)
         return y if plus is None else y + plus
-    kind = None if activation is None else type(activation)
+    kind = None if activation is None else nn.Module if is_hooked(activation) else type(activation)
     if onednn_serves(module, x):
         if kind is nn.ReLU:
             return onednn.linear(x, module.weight, module.bias).relu_()  # oneDNN's own makes 0 of NaN
@@ -147,7 +147,7 @@ def gated(
 
 
 def is_silu(activation: nn.Module) -> bool:
-    return type(activation) in (nn.SiLU, SiLUActivation)
+    return type(activation) in (nn.SiLU, SiLUActivation) and not is_hooked(activation)
 
 
 def accumulates(module: nn.Module, x: Tensor | Rows8, *others: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """PEFT's plain LoRA modules, recognised, and projections of one x that have them, computed together.
 
 Everything else that PEFT can put there (variants such as DoRA, several adapters at once, mixed batches, quantised
-bases) stays with the modules themselves: ``lora_group`` returns None and ``why_not_lora_group`` says why.
+bases) stays with the modules themselves: ``lora_group`` returns None.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtllm_fast.core.dispatch import autocast_dtype
-from mtllm_fast.models.plain import is_hooked
+from mtllm_fast.models.plain import has_twin, is_hooked
 from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear
 
 
@@ -64,7 +64,7 @@ def lora_group(
         split: False for one matrix ``[T, Σ N]``.
 
     Returns:
-        ``[T, N]`` for each, or None where the modules must be called: ``why_not_lora_group`` says why.
+        ``[T, N]`` for each, or None where the modules must be called.
     """
     group = _read_group(modules, x)
     if isinstance(group, str):
@@ -84,12 +84,6 @@ def lora_group(
         source=source,
         split=split,
     )
-
-
-def why_not_lora_group(modules: Sequence[nn.Module], x: Tensor) -> str | None:
-    """Why ``lora_group`` cannot serve these modules now, or None if it can."""
-    group = _read_group(modules, x)
-    return group if isinstance(group, str) else None
 
 
 class _Projection(NamedTuple):
@@ -166,6 +160,8 @@ def _why_not_plain(linear: nn.Module) -> str | None:
         return f"is a {type(linear).__name__}"
     if is_hooked(linear):
         return "is hooked"
+    if has_twin(linear):
+        return "has a twin in 8 bits"
     weight = linear.weight
     if type(weight) is not nn.Parameter or weight.shape != (linear.out_features, linear.in_features):
         return "is sharded"

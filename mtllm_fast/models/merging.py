@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtllm_fast.models.plain import TWIN, is_hooked
+from mtllm_fast.models.plain import has_twin, is_hooked
 
 # Children of one module that are given the same input, in the order in which they are laid out.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -78,7 +78,7 @@ def merged(modules: Sequence[nn.Module]) -> Merged | None:
         return None
     weights, biases, has_bias = [], [], False
     for module in modules:
-        if type(module) is not nn.Linear or TWIN in module.__dict__ or is_hooked(module):
+        if type(module) is not nn.Linear or has_twin(module) or is_hooked(module):
             return None
         parameters = module._parameters  # nn.Module's own look-up takes as long as half of this function
         weights.append(parameters.get("weight"))

@@ -319,6 +319,8 @@ class MTLLM(MTLLMPreTrainedModel):
             return None
         needs = fusing.why_not_usable(self, self._fused, encoded_Td)
         if torch.compiler.is_compiling():
+            if needs and encoded_Td.is_cuda:  # weights that the modules would need are on the host
+                raise RuntimeError("a compiled model that is fused serves inference alone: unfuse() it first")
             return None if needs else self._fused.composite
         if needs:
             logger.warning("a fused model was asked for %s: it is unfused; fuse() again for inference", needs)

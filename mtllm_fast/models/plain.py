@@ -33,9 +33,13 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
+def has_twin(module: nn.Module) -> bool:
+    return module.__dict__.get(TWIN) is not None  # a pickled one is None
+
+
 def is_linear(module: nn.Module) -> bool:
     """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits."""
-    if type(module) is not nn.Linear or TWIN in module.__dict__ or is_hooked(module):
+    if type(module) is not nn.Linear or has_twin(module) or is_hooked(module):
         return False
     return type(module._parameters["weight"]) is nn.Parameter
 

@@ -170,7 +170,8 @@ class Quantised:
 
     precision: str
     origins: dict[_Place, _Origin]
-    kept: dict[str, str]
+    kept: dict[str, tuple[nn.Module, str]]
+    """By name: the module, and why it has no twin."""
     released: torch.device | None
     """Where the replaced weights were, if they were moved to the host."""
     sample: Sample | None = None
@@ -242,7 +243,7 @@ def quantise(model: MTLLM, precision: str) -> Quantised:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for place, module in _linears(model):
                 if reason := _why_not_layer(module, precision, device, dtype):
-                    quantised.kept["llm2vec.layers." + ".".join(place)] = reason
+                    quantised.kept[_name(place)] = (module, reason)
                 else:
                     _give_twin(quantised, place, module)
             _lay_side_by_side(model)
@@ -252,6 +253,10 @@ def quantise(model: MTLLM, precision: str) -> Quantised:
         restore(model, quantised)
         raise
     return quantised
+
+
+def _name(place: _Place) -> str:
+    return "llm2vec.layers." + ".".join(place)
 
 
 def _give_twin(quantised: Quantised, place: _Place, module: nn.Module) -> None:
@@ -275,11 +280,13 @@ def restore(model: MTLLM, quantised: Quantised) -> None:
     """Take the twins away and bring the weights back."""
     for origin in quantised.origins.values():
         origin.module.__dict__.pop(TWIN, None)
+    for module in model.llm2vec.modules():  # copies of layers have them too, in whatever place
+        module.__dict__.pop(TWIN, None)
+    if quantised.released is None:
+        return
     for place, module in _linears(model):
         if place in quantised.origins:
-            module.__dict__.pop(TWIN, None)  # a copied model's own
-            if quantised.released is not None:
-                module.to(quantised.released)  # whatever has been wrapped around it too
+            module.to(quantised.released)  # whatever has been wrapped around it too
 
 
 def note(quantised: Quantised) -> str:
@@ -302,7 +309,8 @@ def is_fresh(model: MTLLM, quantised: Quantised, thorough: bool) -> bool:
     origins = quantised.origins
     for place, module in _linears(model):
         origin = origins.get(place)
-        if origin is not None and not origin.is_same(module):
+        same = origin.is_same(module) if origin is not None else quantised.kept.get(_name(place), (None,))[0] is module
+        if not same:
             return False
     return not sample or quantised.sample is None or quantised.sample.unchanged()
 

@@ -17,7 +17,7 @@ def quantize_rows(
     x: Tensor,
     *,
     norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    eps: float | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
     backend: str = "auto",
@@ -31,14 +31,14 @@ def quantize_rows(
 
     What an LLM computes right before such a product can be part of the same pass, which then writes no other result:
     ``rms_norm(x, norm_weight, eps=eps, residual=residual)``, or ``swiglu(x)`` of a merged gate and up. The values are
-    rounded to the dtype of x in between, so both ways give the same numbers.
+    rounded to the dtype of x in between, as if they had been written; the norm may add up in another order.
 
     A row of zeros gives zeros; the scale is at least ``2^-100 / 448``. A row that holds NaN or an infinity becomes NaN,
     scale and values, and so does its product. Deterministic; not differentiable (its gradient raises).
 
     Args:
         x: ``[T, K]`` (``gated``: ``[T, 2 K]``, gate, then up), fp32, bf16 or fp16; rows may be strided.
-        norm_weight: ``[K]``, the gain of an RMSNorm before; ``eps`` is added to its mean square.
+        norm_weight, eps: ``[K]``, the gain of an RMSNorm before, and what is added to its mean square.
         residual: like x, added to it before the norm.
         gated: whether the rows are ``silu(gate) ⊙ up``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; ``mtllm_fast.explain`` tells what auto takes.
@@ -62,10 +62,10 @@ def quantize_rows(
     >>> q.float() * scale
     tensor([[2.2460, 1.7616]])
     """
-    _check(x, norm_weight, residual, gated)
+    _check(x, norm_weight, eps, residual, gated)
     tensors = [tensor for tensor in (x, norm_weight, residual) if tensor is not None]
     quantize = schema.quantize_op if needs_registered_op(*tensors) else schema.launch
-    q, scale, summed = quantize(x, norm_weight, residual, eps, gated, backend)
+    q, scale, summed = quantize(x, norm_weight, residual, eps or 0.0, gated, backend)
     return (q, scale) if residual is None else (q, scale, summed)
 
 
@@ -73,22 +73,26 @@ def explain(
     x: Tensor,
     *,
     norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    eps: float | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
     backend: str = "auto",
 ) -> Explanation:
     """Which backend serves this call of ``quantize_rows``, and why the others do not."""
-    _check(x, norm_weight, residual, gated)
+    _check(x, norm_weight, eps, residual, gated)
     return schema.BACKENDS.explain(backend, x, gated or norm_weight is not None, gated)
 
 
-def _check(x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, gated: bool) -> None:
+def _check(x: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool) -> None:
     check_shape("quantize_rows", "x", x, ("T", "K"))
     check_dtype("quantize_rows", "x", x, _FLOATS)
-    if gated and (norm_weight is not None or x.shape[1] % 2):
-        with_norm = "" if norm_weight is None else " and a norm_weight"
-        raise ValueError(f"quantize_rows: gated takes x [T, 2 K] and no norm_weight, got {list(x.shape)}{with_norm}")
+    if gated and (norm_weight is not None or residual is not None or x.shape[1] % 2):
+        given = [name for name, value in (("norm_weight", norm_weight), ("residual", residual)) if value is not None]
+        raise ValueError(
+            f"quantize_rows: gated takes x [T, 2 K] alone, got {list(x.shape)} {' and '.join(given)}".rstrip()
+        )
+    if (norm_weight is None) != (eps is None):
+        raise ValueError(f"quantize_rows: norm_weight and eps go together, got eps={eps} and norm_weight={norm_weight}")
     if norm_weight is None:
         if residual is not None:
             raise ValueError("quantize_rows: residual is added before a norm, got no norm_weight")

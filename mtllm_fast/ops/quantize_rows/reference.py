@@ -3,17 +3,16 @@
     m_t = max(max_k |x_tk|, 2^-100) + Σ_k 0 x_tk        scale_t = m_t / 448        q_tk = e4m3(x_tk (1 / scale_t))
 
 The sum is 0, or NaN if the row holds NaN or an infinity: every backend then gives a row of NaN. What comes before is
-what ``rms_norm`` and ``swiglu`` specify, rounded to the dtype of x as they round it.
+what ``rms_norm`` and ``swiglu`` specify, in float32 and rounded once to the dtype of x.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mtllm_fast.ops.quantize_rows.e4m3 import E4M3, LARGEST, SMALLEST
 from mtllm_fast.ops.rms_norm import reference as rms_norm
-from mtllm_fast.ops.swiglu import reference as swiglu
 
 
 def quantize(
@@ -22,9 +21,8 @@ def quantize(
     """(q [T, K] float8_e4m3fn, scale [T, 1] float32, x + residual [T, K] or None)"""
     summed = None
     if gated:
-        gate, up = x.chunk(2, 1)
-        x = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        swiglu.forward(gate, up, x)
+        gate, up = x.float().chunk(2, 1)
+        x = (F.silu(gate) * up).to(x.dtype)
     elif norm_weight is not None:
         rows = None if residual is None else residual[:, None]
         normed, summed, _ = rms_norm.forward(x[:, None], norm_weight, rows, eps)

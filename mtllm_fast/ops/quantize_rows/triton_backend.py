@@ -22,18 +22,6 @@ TILE = 4096  # elements per program, or one row
 PINNED = {"enable_fp_fusion": True}
 
 
-@triton.jit
-def quantized_block(b_x, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """``b_x`` ``[BT, BK]`` float32, 0 where there is no value -> (``b_x / scale`` to be cast to e4m3, scale ``[BT]``).
-
-    Pass ``LARGEST`` and ``SMALLEST`` of ``e4m3.py``. Within [-448, 448] up to rounding, so the cast saturates nothing.
-    """
-    # The maximum drops NaN; the sum of zeros is NaN where the row holds NaN or an infinity.
-    b_largest = tl.maximum(tl.max(tl.abs(b_x), 1), SMALLEST) + tl.sum(b_x * 0.0, 1)
-    b_scale = b_largest * (1.0 / LARGEST)
-    return b_x * tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), b_scale)[:, None], b_scale
-
-
 @triton.jit(do_not_specialize=["T"])
 def quantize_rows_kernel(
     x, norm_weight, residual, q, scale, summed, stride_x, stride_residual, T, eps, K: tl.constexpr,
@@ -62,7 +50,10 @@ def quantize_rows_kernel(
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / K + tl.cast(eps, tl.float32))
         b_w = tl.load(norm_weight + o_k, mask=o_k < K, other=0.0).to(tl.float32)
         b_x = (b_x * b_rstd[:, None] * b_w[None, :]).to(x.dtype.element_ty).to(tl.float32)
-    b_q, b_scale = quantized_block(b_x, LARGEST, SMALLEST)
+    # The maximum drops NaN; the sum of zeros is NaN where the row holds NaN or an infinity.
+    b_largest = tl.maximum(tl.max(tl.abs(b_x), 1), SMALLEST) + tl.sum(b_x * 0.0, 1)
+    b_scale = b_largest * (1.0 / LARGEST)
+    b_q = b_x * tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), b_scale)[:, None]  # within ±448: nothing saturates
     tl.store(q + o_row * K + o_k[None, :], b_q.to(q.dtype.element_ty), mask=mask)
     tl.store(scale + o_t, b_scale, mask=m_t)
 
