@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.transfer import world
@@ -123,6 +124,12 @@ def _say(meaning: Meaning, draw: random.Random) -> str:
     assert isinstance(meaning, Joined)
     # Always "and": with a "but" where they differ, that word alone would tell a neutral review.
     return f"{_opinion(meaning.first, draw)} and {_opinion(meaning.second, draw)}."
+
+
+def wordings(meanings: Sequence[Meaning], draws: int = 3000) -> list[set[str]]:
+    """All that English has for each, but for what is rarer than one in about a thousand."""
+    draw = random.Random("wordings")
+    return [{say(meaning, draw) for _ in range(draws)} for meaning in meanings]
 
 
 @dataclass(frozen=True)

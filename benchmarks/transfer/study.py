@@ -127,13 +127,14 @@ class Study:
         known = {meaning for paragraph in corpora.parallel(self.preset.paragraphs, WORLD) for meaning in paragraph}
         new = (p for p in corpora.parallel(4 * count, f"{WORLD} held out") if len(p) == 1 and p[0] not in known)
         sentences = list(itertools.islice(new, count))
-        translate, draw = Translator(str(self.root / "mt"), max_new_tokens=MAX_NEW), random.Random(f"{WORLD} wordings")
-        wordings = [{english.say(p[0], draw) for _ in range(3000)} for p in sentences]
+        translate = Translator(str(self.root / "mt"), max_new_tokens=MAX_NEW)
+        known_wordings = english.wordings([paragraph[0] for paragraph in sentences])
         quality = {}
         for language in self.preset.seen:
             draw = random.Random(f"{WORLD} held out {language.name}")
             said = translate([language.say(p[0], draw) for p in sentences], [language.code] * len(sentences))
-            quality[language.name] = sum(s in w for s, w in zip(said, wordings, strict=True)) / len(sentences)
+            right = [s in wordings for s, wordings in zip(said, known_wordings, strict=True)]
+            quality[language.name] = sum(right) / len(right)
         return quality
 
     def tasks(self) -> Iterator[WorldTask]:
