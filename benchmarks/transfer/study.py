@@ -79,8 +79,8 @@ class Study:
         seeds, tasks = self.preset.seeds, self.preset.tasks
         return [
             [("make_data",)], [("make_mt",), ("make_llm",)],
-            [("make_stack", seed, name) for seed in seeds for name in stage_1],
-            [("translate", task, beams) for task in tasks for beams in (4, 1)],
+            [("make_stack", seed, name) for seed in seeds for name in stage_1]
+            + [("translate", task, beams) for task in tasks for beams in (4, 1)],
             [("run_task", seed, task, part) for part in ("teacher", "encoder") for task in tasks for seed in seeds],
             [("run_task", seed, task, "students") for task in tasks for seed in seeds],
         ]  # fmt: skip
