@@ -1,7 +1,7 @@
 """PEFT's plain LoRA modules, recognised, and projections of one x that have them, computed together.
 
 Everything else that PEFT can put there (variants such as DoRA, several adapters at once, mixed batches, quantised
-bases) stays with the modules themselves: ``lora_group`` returns None.
+bases) stays with the modules themselves: ``lora_group`` returns None and ``why_not_lora_group`` says why.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def lora_group(
         split: False for one matrix ``[T, Σ N]``.
 
     Returns:
-        ``[T, N]`` for each, or None where the modules must be called.
+        ``[T, N]`` for each, or None where the modules must be called: ``why_not_lora_group`` says why.
     """
     group = _read_group(modules, x)
     if isinstance(group, str):
@@ -84,6 +84,12 @@ def lora_group(
         source=source,
         split=split,
     )
+
+
+def why_not_lora_group(modules: Sequence[nn.Module], x: Tensor) -> str | None:
+    """Why ``lora_group`` cannot serve these modules now, or None if it can."""
+    group = _read_group(modules, x)
+    return group if isinstance(group, str) else None
 
 
 class _Projection(NamedTuple):
