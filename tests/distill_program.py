@@ -3,6 +3,8 @@
 import json
 import sys
 
+import torch
+
 from mtllm_fast import DistillArguments, distill, training_arguments
 
 folder, options, *kind = sys.argv[1:]
@@ -15,3 +17,5 @@ if kind == ["fsdp"]:
     layers = ["PackedLlamaDecoderLayer", "PackedM2M100EncoderLayer"]
     given |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers}}
 distill(arguments, training_arguments(arguments, folder, **given))
+if torch.distributed.is_initialized():  # else its threads may abort the process at its end
+    torch.distributed.destroy_process_group()

@@ -285,6 +285,17 @@ def main() -> None:
     """The ``mtllm-fast`` program: what the user can mend is one line on stderr and exit code 2."""
     try:
         app()
+    except SystemExit as end:
+        if not end.code:
+            _leave_process_group()
+        raise
     except _EXPECTED_ERRORS as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+
+
+def _leave_process_group() -> None:
+    """Of a process under ``torchrun``: else threads of the group still run when it ends, and may abort it then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
