@@ -55,7 +55,9 @@ def join(
     encoder_module = _encoder_of(_load_encoder(encoder, wanted, device_map, hub_kwargs))
     llm_module = _decoder_of(_load_llm(llm, wanted, device_map, hub_kwargs))
     if any(map(has_twin, llm_module.modules())):
-        raise ValueError("join: llm is (a copy) of a fused model in 8 bits: unfuse() that model first")
+        raise ValueError(
+            "from_encoder_and_llm: llm is or was part of a model fused in 8 bits: unfuse() that model first"
+        )
     if wanted is not None:
         with rope_frequencies_kept(llm_module):
             llm_module.to(dtype=wanted)

@@ -92,7 +92,8 @@ def _check(x: Tensor, norm_weight: Tensor | None, eps: float | None, residual: T
             f"quantize_rows: gated takes x [T, 2 K] alone, got {list(x.shape)} {' and '.join(given)}".rstrip()
         )
     if (norm_weight is None) != (eps is None):
-        raise ValueError(f"quantize_rows: norm_weight and eps go together, got eps={eps} and norm_weight={norm_weight}")
+        other = "no" if norm_weight is None else "a"
+        raise ValueError(f"quantize_rows: norm_weight and eps go together, got eps={eps} and {other} norm_weight")
     if norm_weight is None:
         if residual is not None:
             raise ValueError("quantize_rows: residual is added before a norm, got no norm_weight")
