@@ -35,6 +35,7 @@ from torch import Tensor
 
 from mtllm_fast.bench.sizes import Stack, share_tensors
 from mtllm_fast.bench.workloads import IdArray, Workload, flat
+from mtllm_fast.core.buffers import reused
 from mtllm_fast.models.encoding import upload
 
 PAD_ID = 1
@@ -154,7 +155,8 @@ def packed_encode(model: Any, batch_tokens: int) -> Encode:
         model.refresh_fused(thorough=True)
         order = by_length(texts)
         batches = token_budget_batches([len(text) for text in texts], order, batch_tokens)
-        return in_input_order([embed([texts[i] for i in batch]) for batch in batches], order)
+        with reused():
+            return in_input_order([embed([texts[i] for i in batch]) for batch in batches], order)
 
     return encode
 

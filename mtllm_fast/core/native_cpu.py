@@ -50,11 +50,6 @@ def extension() -> ModuleType:
     return module
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Whatever the default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
-
-
 def levels() -> tuple[str, ...]:
     """The levels that this build has and this processor runs, best last."""
     return tuple(name for number, name in enumerate(LEVELS) if extension().runs(number))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from mtllm_fast.core.buffers import reused
 from mtllm_fast.models.inputs import PackedInputs, prepare_inputs
 from mtllm_fast.models.towers import evaluating
 from mtllm_fast.text.languages import resolve_language
@@ -65,7 +66,7 @@ def encode(
             raise TypeError(f"sentences must be strings, got {type(text).__name__} at index {i}")
     collector = _Collector(model, len(texts), options)
     truncated = 0
-    with torch.no_grad(), evaluating(model), _progress_bar(show_progress_bar, len(texts)) as bar:
+    with torch.no_grad(), reused(), evaluating(model), _progress_bar(show_progress_bar, len(texts)) as bar:
         model.refresh_fused(thorough=True)
         if options.cuda_graphs and (reason := model.graphs.why_not(model)):
             raise ValueError(f"cuda_graphs=True cannot be served: {reason}; pass None for where it can")

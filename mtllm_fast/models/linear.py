@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
-from mtllm_fast.core import onednn
+from mtllm_fast.core import buffers, onednn
 from mtllm_fast.core.dispatch import autocast_dtype, needs_grad, watched
 from mtllm_fast.models.lora import base_linear, idle_base, is_lora, lora_group
 from mtllm_fast.models.merging import merged
@@ -66,14 +66,25 @@ def linear(
         y = twin(x)
     elif kind is nn.ReLU and not x.is_cpu and is_linear(module):
         return bias_relu(F.linear(x, module.weight), module.bias)
+    elif kind is nn.ReLU and is_linear(module) and not needs_grad(x, *module.parameters()):
+        return _call(module, x).relu_()
     else:
         group = lora_group((module,), x, source=source) if is_lora(module) else None
-        y = module(x) if group is None else group[0]
+        y = _call(module, x) if group is None else group[0]
     if activation is not None:
         return activation(y)
     if times is not None:
         return y * times
     return y if plus is None else y + plus
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, a plain one's product in memory that is used again where the caller has opened ``buffers``."""
+    if not (buffers.is_active() and x.is_cpu and x.dim() == 2 and accumulates(module, x)) or watched(x, module.weight):
+        return module(x)
+    weight, bias = module.weight, module._parameters["bias"]
+    y = buffers.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
 
 def joint_product(modules: Sequence[nn.Module], x: Tensor | Rows8, source: RmsNormed | None = None) -> Tensor | None:

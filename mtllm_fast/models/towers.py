@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding
 
+from mtllm_fast.core.buffers import reusing
 from mtllm_fast.models.layers import PackedContext
 from mtllm_fast.models.norms import norm
 from mtllm_fast.models.plain import is_hooked
@@ -32,6 +33,7 @@ def _context(tower: PreTrainedModel, layout: PackedLayout, **rope: Tensor) -> Pa
     return PackedContext(layout.cu_seqlens, layout.max_seqlen, backend, layout.dead_tail, **rope)
 
 
+@reusing
 def run_encoder(
     encoder: PreTrainedModel,
     input_ids_T: Tensor,
@@ -75,6 +77,7 @@ def reserve_positions(encoder: PreTrainedModel, length: int) -> None:
         positions.make_weights(rows, positions.embedding_dim, positions.padding_idx)
 
 
+@reusing
 def run_llm(
     llm: PreTrainedModel,
     inputs_embeds_TD: Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native, native_cpu
+from mtllm_fast.core import buffers, native, native_cpu
 from mtllm_fast.ops.distillation_loss.inputs import Forward, Options, Side, Spans, TokenSpans, Vectors
 from mtllm_fast.ops.distillation_loss.sequence import add_span_term_, loss_of, sequence_term
 from mtllm_fast.ops.norm_pool.cpu_backend import mean_of_normed, num_pieces, scratch_of, sentences, states
@@ -48,9 +48,9 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(dh [T, D] in the states' dtype, dweight [D] fp32)"""
     h, (T, D) = student.states, student.states.shape
-    grad_hidden, scratch = native_cpu.empty(T, D, dtype=h.dtype), scratch_of(h)
-    grad_weight = native_cpu.empty(D) if needs_weight else None
-    by_piece = native_cpu.empty(num_pieces(h, student.cu_seqlens), D) if needs_weight else None
+    grad_hidden, scratch = buffers.empty(T, D, dtype=h.dtype), scratch_of(h)
+    grad_weight = buffers.empty(D) if needs_weight else None
+    by_piece = buffers.empty(num_pieces(h, student.cu_seqlens), D) if needs_weight else None
     of_token = None
     if spans is None or options.sequence_weight:
         of_token = saved.grad_pooled * (grad_loss / student.cu_seqlens.diff().clamp(min=1)[:, None])
@@ -77,8 +77,8 @@ def _pooled(side: Side) -> Tensor:
 
 
 def _sums_of_spans(student: Side, teacher: Side | Vectors, spans: Spans, options: Options) -> Tensor:
-    sums, scratch, count = native_cpu.empty(4), scratch_of(student.states), spans.offsets.shape[0] - 1
-    partial = native_cpu.empty(-(-count // native_cpu.extension().piece_spans), 4, dtype=torch.float64)
+    sums, scratch, count = buffers.empty(4), scratch_of(student.states), spans.offsets.shape[0] - 1
+    partial = buffers.empty(-(-count // native_cpu.extension().piece_spans), 4, dtype=torch.float64)
     target = _target_of_spans(teacher, student)
     gain, target_gain = _gain(student), _gain(target)
     status = native_cpu.extension().span_sums(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native, native_cpu
+from mtllm_fast.core import buffers, native, native_cpu
 
 POOLINGS = {"mean": 0, "cls": 1, "eos": 2}  # mtllm::cpu::Pooling
 
@@ -29,10 +29,8 @@ def mean_of_normed(
     hidden_states: Tensor, weight: Tensor | None, cu_seqlens: Tensor, eps: float, pooling: str = "mean"
 ) -> Tensor:
     """Σ_t r_t x̂_t [B, D] fp32, without the gain; Σ_t r_t h_t where ``weight`` is None (normed states)."""
-    normed_mean = native_cpu.empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
-    partial = native_cpu.empty(
-        num_pieces(hidden_states, cu_seqlens) if pooling == "mean" else 0, hidden_states.shape[1]
-    )
+    normed_mean = buffers.empty(cu_seqlens.shape[0] - 1, hidden_states.shape[1])
+    partial = buffers.empty(num_pieces(hidden_states, cu_seqlens) if pooling == "mean" else 0, hidden_states.shape[1])
     gain = None if weight is None else weight.float()
     status = native_cpu.extension().pool(
         native_cpu.level(), states(hidden_states, gain, eps), sentences(hidden_states, cu_seqlens), POOLINGS[pooling],
@@ -46,7 +44,7 @@ def backward(
     grad_pooled: Tensor, hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str
 ) -> Tensor:
     """dh [T, D]"""
-    grad_hidden = native_cpu.empty(*hidden_states.shape, dtype=hidden_states.dtype)
+    grad_hidden = buffers.empty(*hidden_states.shape, dtype=hidden_states.dtype)
     of_token, gain, scratch = grad_pooled.float(), weight.float(), scratch_of(hidden_states)
     if pooling == "mean":
         of_token = of_token / cu_seqlens.diff().clamp(min=1)[:, None]
@@ -76,4 +74,4 @@ def num_pieces(tensor: Tensor, cu_seqlens: Tensor) -> int:
 
 def scratch_of(tensor: Tensor) -> Tensor:
     """What each thread of a call works in: [threads, rows, D]."""
-    return native_cpu.empty(torch.get_num_threads(), native_cpu.extension().scratch_rows, tensor.shape[1])
+    return buffers.empty(torch.get_num_threads(), native_cpu.extension().scratch_rows, tensor.shape[1])

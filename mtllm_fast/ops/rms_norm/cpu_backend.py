@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native, native_cpu
+from mtllm_fast.core import buffers, native, native_cpu
 
 
 def forward(
@@ -17,9 +17,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(normed [T, H, D], summed [T, H, D], rstd [T, H] fp32)"""
     shape, dtype = hidden_states.shape, hidden_states.dtype
-    normed = native_cpu.empty(*shape, dtype=dtype)
-    summed = None if residual is None else native_cpu.empty(*shape, dtype=dtype)
-    rstd, gain = native_cpu.empty(*shape[:2]), weight.float()
+    normed = buffers.empty(*shape, dtype=dtype)
+    summed = None if residual is None else buffers.empty(*shape, dtype=dtype)
+    rstd, gain = buffers.empty(*shape[:2]), weight.float()
     status = native_cpu.extension().rms_norm(
         native_cpu.level(), native_cpu.heads(hidden_states), None if residual is None else native_cpu.heads(residual),
         gain.data_ptr(), eps, normed.data_ptr(), native.address(summed), rstd.data_ptr(), torch.get_num_threads(),
@@ -38,8 +38,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(grad [T, H, D], grad of the weight [D] fp32 or None)"""
     T, H, D = states.shape
-    grad, gain = native_cpu.empty(T, H, D, dtype=states.dtype), weight.float()
-    by_piece = native_cpu.empty(-(-T * H // native_cpu.extension().piece_tokens), D) if needs_weight else None
+    grad, gain = buffers.empty(T, H, D, dtype=states.dtype), weight.float()
+    by_piece = buffers.empty(-(-T * H // native_cpu.extension().piece_tokens), D) if needs_weight else None
     status = native_cpu.extension().rms_norm_backward(
         native_cpu.level(), native_cpu.heads(grad_normed),
         None if grad_summed is None else native_cpu.heads(grad_summed), native_cpu.heads(states),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native_cpu
+from mtllm_fast.core import buffers, native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -42,7 +42,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q [T, H, hd], k [T, KV, hd], v [T, KV, hd] or an empty tensor if ``k`` is given)"""
     parts = _split(heads, num_heads) if k is None else (heads, k)
-    outputs = [part.new_empty(part.shape) for part in parts]
+    outputs = [buffers.new_empty(part, *part.shape) for part in parts]
     _launch([_adjacent(part) for part in parts], outputs, cos, sin, False, backend)
     return outputs[0], outputs[1], outputs[2] if k is None else heads.new_empty(0)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native_cpu
+from mtllm_fast.core import buffers, native_cpu
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
@@ -29,7 +29,7 @@ BACKENDS = Backends(
 
 
 def launch_forward(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    out = gate.new_empty(_shape(gate, up))
+    out = buffers.new_empty(gate, *_shape(gate, up))
     if out.numel():
         BACKENDS.load(backend, gate).forward(*_halves(gate, up), _rows(out))
     return out

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mtllm_fast.core import native_cpu
+from mtllm_fast.core import buffers, native_cpu
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Up to this length two batched products and a softmax beat the flash kernel, which works on one head's 32 queries at a
@@ -54,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -
 def inference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """``forward`` without the log-sum-exp, which only a backward needs."""
     natively = _native_serves(q)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = buffers.empty(*q.shape, dtype=q.dtype)
     out[int(cu_seqlens[-1]) :] = 0
     if natively:
         _native(q, k, v, cu_seqlens, scale, out)
@@ -78,7 +78,7 @@ def _native_serves(q: Tensor) -> bool:
 def _native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor) -> None:
     """The sentences of up to ``_SHORT`` tokens, by the kernel of csrc/cpu/attention.cpp."""
     threads = torch.get_num_threads()
-    scratch = native_cpu.empty(threads, native_cpu.extension().attention_scratch(_SHORT, q.shape[-1]))
+    scratch = buffers.empty(threads, native_cpu.extension().attention_scratch(_SHORT, q.shape[-1]))
     bounds = cu_seqlens.contiguous()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sentences = native_cpu.extension().sentences(bounds.data_ptr(), len(bounds) - 1, q.shape[0], q.shape[-1])
