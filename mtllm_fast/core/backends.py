@@ -74,6 +74,7 @@ class Backends:
     def __init__(self, op: str, why_not: Mapping[str, WhyNot]) -> None:
         self.op = op
         self.why_not = dict(why_not)
+        self._modules: dict[str, ModuleType] = {}
 
     def choose(self, requested: str, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that serves this call; ``args`` are handed to the ``why_not`` functions."""
@@ -103,8 +104,10 @@ class Backends:
         Backends are imported when they are first chosen, so that importing an op needs neither Triton nor an extension.
         """
         chosen = self.choose(requested, *args, **kwargs)
-        file = chosen if chosen == "reference" else f"{chosen}_backend"
-        return importlib.import_module(f"mtllm_fast.ops.{self.op}.{file}")
+        if chosen not in self._modules:
+            file = chosen if chosen == "reference" else f"{chosen}_backend"
+            self._modules[chosen] = importlib.import_module(f"mtllm_fast.ops.{self.op}.{file}")
+        return self._modules[chosen]
 
     def explain(self, requested: str, *args: Any, **kwargs: Any) -> Explanation:
         """What ``choose`` does for the same arguments, told instead of done."""

@@ -8,6 +8,7 @@ serves its next tenant once no tensor looks at it any more, so nobody ever sees 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,48 +24,55 @@ R = TypeVar("R")
 
 SMALLEST = 1 << 17  # bytes; below, the C library keeps what is freed
 _WASTE = 1.5  # a block may be so many times as large as what is asked for
+_NUMPY = {dtype: np.dtype(str(dtype)[6:]) for dtype in (torch.float32, torch.float64, torch.float16, torch.int8)}
+_NUMPY[torch.bfloat16] = np.dtype("int16")  # NumPy has no such floats
+_CPU = torch.device("cpu")
 _active = threading.local()
 
 
 class _Pool:
-    """Blocks that are free, oldest first. Together with those in use they take at most twice what was ever in use."""
+    """Blocks that are free, newest last. Together with those in use they take at most twice what was ever in use."""
 
     def __init__(self) -> None:
         self.free: list[np.ndarray] = []
+        self.lent: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
         self.in_use = self.most = 0  # bytes
-        self.closed = False
-        self.lock = threading.RLock()  # a finaliser may run within take() itself
+        self.lock = threading.RLock()  # an array may die, and come back, within take() itself
 
-    def take(self, nbytes: int) -> np.ndarray:
-        """The first ``nbytes`` of a block that is this caller's until the array dies."""
+    def take(self, shape: tuple[int, ...], dtype: np.dtype, nbytes: int) -> np.ndarray:
+        """An array at the start of a block, which is this caller's until the array dies."""
         with self.lock:
             block = self._fitting(nbytes)
             self.in_use += block.nbytes
             self.most = max(self.most, self.in_use)
-        lent = block[:nbytes]
-        weakref.finalize(lent, self.give_back, block).atexit = False
-        return lent
+            array = np.ndarray(shape, dtype, block)
+            watcher = weakref.ref(array, self._give_back)
+            self.lent[id(watcher)] = watcher, block
+        return array
 
     def _fitting(self, nbytes: int) -> np.ndarray:
-        fits = [i for i, block in enumerate(self.free) if nbytes <= block.nbytes <= _WASTE * nbytes]
-        if fits:
-            return self.free.pop(min(fits, key=lambda i: self.free[i].nbytes))
+        free = self.free
+        for i in range(len(free) - 1, -1, -1):
+            if nbytes <= free[i].nbytes <= _WASTE * nbytes:
+                return free.pop(i)
         size = -(-nbytes // 8) * 9  # batches differ by a few tokens
-        held = self.in_use + size + sum(block.nbytes for block in self.free)
-        while self.free and held > 2 * max(self.most, self.in_use + size):
-            held -= self.free.pop(0).nbytes
-        return torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+        held = self.in_use + size + sum(block.nbytes for block in free)
+        while free and held > 2 * max(self.most, self.in_use + size):
+            held -= free.pop(0).nbytes
+        return torch.empty(size, dtype=torch.uint8, device=_CPU).numpy()  # aligned as torch's tensors are
 
-    def give_back(self, block: np.ndarray) -> None:
+    def _give_back(self, watcher: weakref.ref[np.ndarray]) -> None:
         with self.lock:
-            self.in_use -= block.nbytes
-            if not self.closed:
+            _, block = self.lent.pop(id(watcher), (None, None))
+            if block is not None:  # and the pool is not closed
+                self.in_use -= block.nbytes
                 self.free.append(block)
 
     def close(self) -> None:
+        """Release what is free, and leave what is in use to its arrays."""
         with self.lock:
-            self.closed = True
             self.free.clear()
+            self.lent.clear()
 
 
 @contextmanager
@@ -105,13 +113,15 @@ def is_active() -> bool:
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised CPU tensor, whatever the default dtype and device are."""
     pool: _Pool | None = getattr(_active, "pool", None)
-    if pool is not None:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if pool is not None and dtype in _NUMPY:
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes >= SMALLEST:
-            storage = torch.from_numpy(pool.take(nbytes)).untyped_storage()
-            tensor = torch.empty(0, dtype=dtype, device="cpu")
-            return tensor.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
-    return torch.empty(shape, dtype=dtype, device="cpu")
+            tensor = torch.from_numpy(pool.take(shape, _NUMPY[dtype], nbytes))
+            if tensor.dtype == dtype:
+                return tensor
+            # A view would do, but an autograd.Function that returns one gets it marked as such.
+            return torch.empty(0, dtype=dtype, device=_CPU).set_(tensor.untyped_storage(), 0, shape)  # type: ignore
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 def new_empty(like: Tensor, *shape: int) -> Tensor:

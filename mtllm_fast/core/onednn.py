@@ -17,11 +17,17 @@ from torch import Tensor
 
 def serves(x: Tensor, *weights: Tensor) -> bool:
     """Whether ``linear`` takes these. Whoever calls it has made sure that nobody watches or differentiates the call."""
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or product_dtype(x.dtype) is None:
-        return False
-    if x.dtype == torch.float32 and torch.backends.mkl.is_available():
+    if not x.is_cpu or not takes(x.dtype) or torch.is_autocast_enabled("cpu"):
         return False
     return all(w.dtype == x.dtype and w.device == x.device for w in weights)
+
+
+@cache
+def takes(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are left to oneDNN here."""
+    if dtype == torch.float32 and torch.backends.mkl.is_available():
+        return False
+    return product_dtype(dtype) is not None
 
 
 @cache

@@ -66,7 +66,7 @@ def linear(
         y = twin(x)
     elif kind is nn.ReLU and not x.is_cpu and is_linear(module):
         return bias_relu(F.linear(x, module.weight), module.bias)
-    elif kind is nn.ReLU and is_linear(module) and not needs_grad(x, *module.parameters()):
+    elif kind is nn.ReLU and accumulates(module, x):
         return _call(module, x).relu_()
     else:
         group = lora_group((module,), x, source=source) if is_lora(module) else None
@@ -168,9 +168,12 @@ def accumulates(module: nn.Module, x: Tensor | Rows8, *others: Tensor) -> bool:
     """
     if isinstance(x, Rows8) or torch.compiler.is_compiling():
         return False
-    if autocast_dtype(x) is not None or onednn_serves(module, x):
+    if not is_linear(module) or autocast_dtype(x) is not None or onednn_serves(module, x):
         return False
-    return is_linear(module) and module.weight.dtype == x.dtype and not needs_grad(x, *module.parameters(), *others)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]  # nn.Module's own look-ups are slow
+    if weight is None or weight.dtype != x.dtype:
+        return False
+    return not needs_grad(x, weight, *others) if bias is None else not needs_grad(x, weight, bias, *others)
 
 
 def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
@@ -180,7 +183,9 @@ def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:
 
 def onednn_serves(module: nn.Module, x: Tensor | Rows8) -> bool:
     """Whether oneDNN computes ``module(x)`` and what follows it in one pass."""
-    if isinstance(x, Rows8) or not x.is_cpu or not is_linear(module):
+    if isinstance(x, Rows8) or torch.compiler.is_compiling() or not x.is_cpu or not onednn.takes(x.dtype):
+        return False
+    if not is_linear(module):
         return False
     weights = (module.weight,) if module.bias is None else (module.weight, module.bias)
     return not (watched(x, *weights) or needs_grad(x, *weights)) and onednn.serves(x, *weights)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtllm_fast.core.dispatch import autocast_dtype
-from mtllm_fast.models.plain import has_twin, is_hooked
+from mtllm_fast.models.plain import has_twin, is_hooked, why_not_linear
 from mtllm_fast.ops.lora_linear import Adapter, Gated, RmsNormed, lora_linear
 
 
@@ -162,16 +162,7 @@ def _trained(bias: Tensor | None) -> bool:
 
 
 def _why_not_plain(linear: nn.Module) -> str | None:
-    if type(linear) is not nn.Linear:
-        return f"is a {type(linear).__name__}"
-    if is_hooked(linear):
-        return "is hooked"
-    if has_twin(linear):
-        return "has a twin in 8 bits"
-    weight = linear.weight
-    if type(weight) is not nn.Parameter or weight.shape != (linear.out_features, linear.in_features):
-        return "is sharded"
-    return None
+    return why_not_linear(linear) or ("has a twin in 8 bits" if has_twin(linear) else None)
 
 
 def _merged_bias(group: Sequence[_Projection]) -> Tensor | None:

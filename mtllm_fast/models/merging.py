@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtllm_fast.models.plain import has_twin, is_hooked
+from mtllm_fast.models.plain import has_twin, is_hooked, why_not_linear
 
 # Children of one module that are given the same input, in the order in which they are laid out.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -192,14 +192,8 @@ def _parameters(modules: Sequence[Any]) -> list[list[nn.Parameter]]:
 def _why_not(modules: Sequence[nn.Module]) -> str | None:
     """Why a group's parameters must stay where they are, or None if they may be moved."""
     for module in modules:
-        if type(module) is not nn.Linear:
-            return f"one is a {type(module).__name__}"
-        if is_hooked(module):
-            return "one is hooked"
-        if any(
-            type(parameter) is not nn.Parameter for parameter in module._parameters.values() if parameter is not None
-        ):
-            return "one is sharded or quantised"
+        if reason := why_not_linear(module):
+            return f"one {reason}"
     if len({module.bias is None for module in modules}) > 1:
         return "some have a bias and some have none"
     for parts in _parameters(modules):

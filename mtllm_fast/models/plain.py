@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,23 @@ def has_twin(module: nn.Module) -> bool:
     return module.__dict__.get(TWIN) is not None  # a pickled one is None
 
 
+def why_not_linear(module: nn.Module) -> str | None:
+    """Why a module may not be read as the weight and bias of an ``nn.Linear`` at all times, or None if it may."""
+    kind = type(module)
+    if kind is not nn.Linear:
+        return f"is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
+    if is_hooked(module):
+        return "is hooked"
+    parameters: list[Any] = [parameter for parameter in module._parameters.values() if parameter is not None]
+    shape = (module.out_features, module.in_features)
+    if any(type(parameter) is not nn.Parameter for parameter in parameters) or parameters[0].shape != shape:
+        return "is sharded or quantised"
+    return None
+
+
 def is_linear(module: nn.Module) -> bool:
-    """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits."""
+    """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits: ``why_not_linear`` in the time that
+    each product of each layer has for it."""
     if type(module) is not nn.Linear or has_twin(module) or is_hooked(module):
         return False
     return type(module._parameters["weight"]) is nn.Parameter

@@ -19,7 +19,7 @@ from mtllm_fast.core import int8
 from mtllm_fast.core.checks import check_choice
 from mtllm_fast.core.devices import compute_capability
 from mtllm_fast.models.freshness import Sample
-from mtllm_fast.models.plain import TWIN, Rows8, is_hooked
+from mtllm_fast.models.plain import TWIN, Rows8, is_hooked, why_not_linear
 from mtllm_fast.ops.quantize_rows import quantize_rows
 
 if TYPE_CHECKING:
@@ -216,14 +216,11 @@ def why_not_here(precision: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _why_not_layer(module: nn.Module, precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if type(module) is not nn.Linear:
-        kind = type(module)
-        return f"is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
-    if is_hooked(module):
-        return "is hooked"
-    weight = module.weight
-    if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != (module.out_features, module.in_features):
-        return "is sharded or not loaded"
+    if reason := why_not_linear(module):
+        return reason
+    weight: Any = module.weight
+    if weight.is_meta:
+        return "is not loaded"
     if weight.device != device or weight.dtype != dtype:
         return f"is {str(weight.dtype)[6:]} on {weight.device}"
     if precision == "fp8" and (module.in_features % 16 or module.out_features % 16):

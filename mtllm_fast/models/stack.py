@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mtllm_fast.core.dispatch import autocast_dtype, needs_grad
 from mtllm_fast.models.lora import base_linear, is_lora, why_not_simple_lora
-from mtllm_fast.models.plain import is_hooked, is_rms_norm
+from mtllm_fast.models.plain import is_hooked, is_rms_norm, why_not_linear
 from mtllm_fast.models.towers import rope_tables
 from mtllm_fast.ops.stack_projection import StackWeights, stack_projection
 from mtllm_fast.ops.stack_projection.composite import break_even_tokens, building_cost, splits
@@ -87,18 +87,14 @@ def why_not_fusable(model: MTLLM) -> str | None:
 
 
 def _why_not_plain(module: nn.Module, allow_lora: bool) -> str | None:
-    base = module
+    base: Any = module
     if allow_lora and is_lora(module):
         base = module.base_layer
         if reason := why_not_simple_lora(module):
             return reason
-    if type(base) is not nn.Linear:
-        return f"is a {type(base).__name__}"
-    if is_hooked(module) or is_hooked(base):
-        return "is hooked"
-    if type(base.weight) is not nn.Parameter or base.weight.shape != (base.out_features, base.in_features):
-        return "is sharded"
-    return "is not loaded" if base.weight.is_meta else None
+        if is_hooked(module):
+            return "is hooked"
+    return why_not_linear(base) or ("is not loaded" if base.weight.is_meta else None)
 
 
 def _absorbs_live_weights(model: MTLLM, encoded_Td: Tensor) -> bool:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding
 
 from mtllm_fast.core.buffers import reusing
+from mtllm_fast.core.tensors import wide_dtype
 from mtllm_fast.models.layers import PackedContext
 from mtllm_fast.models.norms import norm
 from mtllm_fast.models.plain import is_hooked
@@ -176,7 +177,5 @@ def pool(hidden_TD: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
         return hidden_TD.index_select(0, cu_seqlens[:-1].long())
     if pooling == "eos":
         return hidden_TD.index_select(0, cu_seqlens[1:].long() - 1)
-    summed = torch.segment_reduce(
-        hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32)), "mean", offsets=cu_seqlens.long(), axis=0
-    )
+    summed = torch.segment_reduce(hidden_TD.to(wide_dtype(hidden_TD.dtype)), "mean", offsets=cu_seqlens.long(), axis=0)
     return summed.to(hidden_TD.dtype)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.bias_relu import schema
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def bias_relu(x: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
@@ -53,8 +51,8 @@ def explain(x: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Explana
 
 def _check(x: Tensor, bias: Tensor | None) -> None:
     check_shape("bias_relu", "x", x, ("T", "F"))
-    check_dtype("bias_relu", "x", x, _FLOATS)
+    check_dtype("bias_relu", "x", x, FLOATS)
     if bias is not None:
         check_shape("bias_relu", "bias", bias, (x.shape[1],))
-        check_dtype("bias_relu", "bias", bias, _FLOATS)
+        check_dtype("bias_relu", "bias", bias, FLOATS)
         check_same_device("bias_relu", x=x, bias=bias)

@@ -11,12 +11,12 @@ from torch import Tensor
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_choice, check_cu_seqlens, check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.distillation_loss import schema
 from mtllm_fast.ops.distillation_loss.inputs import KINDS, REDUCTIONS
 from mtllm_fast.ops.distillation_loss.schema import Tensors
 
 _OP = "distillation_loss"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class DistillationLoss(NamedTuple):
@@ -149,7 +149,7 @@ def _check(tensors: Tensors, kind: str, beta: float, reduction: str) -> None:
         if tensor is not None:
             if name.endswith("weight"):
                 check_shape(_OP, name, tensor, (D,))
-            check_dtype(_OP, name, tensor, _FLOATS)
+            check_dtype(_OP, name, tensor, FLOATS)
     check_same_device(_OP, **{name: t for name, t in tensors._asdict().items() if t is not None})
 
 

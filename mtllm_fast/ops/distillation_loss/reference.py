@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtllm_fast.core.tensors import wide_dtype
 from mtllm_fast.ops.distillation_loss.inputs import Forward, Options, Side, Spans, TokenSpans, Vectors
 from mtllm_fast.ops.distillation_loss.sequence import add_span_term_, gradient_of, loss_of, sequence_term, sums_of
 from mtllm_fast.ops.norm_pool.reference import (
@@ -25,7 +26,6 @@ from mtllm_fast.ops.norm_pool.reference import (
     row_blocks,
     rstd_of,
     sentence_blocks,
-    wide,
 )
 
 
@@ -63,7 +63,7 @@ def backward(
     dh_t = rstd_t (g − x̂_t mean(g ⊙ x̂_t)),  dweight = Σ_t dy_t ⊙ x̂_t,  x̂_t = h_t rstd_t.
     """
     h, weight, eps, cu_seqlens = student
-    dtype = wide(h.dtype)
+    dtype = wide_dtype(h.dtype)
     grad_hidden = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grad_hidden[int(cu_seqlens[-1]) :] = 0  # the tail belongs to no sentence and to no span; it may hold anything
     grad_weight = h.new_zeros(h.shape[1], dtype=dtype) if needs_weight else None
@@ -143,13 +143,13 @@ def _rstds(side: Side) -> Tensor | None:
     """1/rms of every token, [T]; None where the states are normed already."""
     if side.weight is None:
         return None
-    blocks = [rstd_of(side.states[i:j].to(wide(side.states.dtype)), side.eps) for i, j in row_blocks(side.states)]
-    return torch.cat(blocks) if blocks else side.states.new_empty(0, dtype=wide(side.states.dtype))
+    blocks = [rstd_of(side.states[i:j].to(wide_dtype(side.states.dtype)), side.eps) for i, j in row_blocks(side.states)]
+    return torch.cat(blocks) if blocks else side.states.new_empty(0, dtype=wide_dtype(side.states.dtype))
 
 
 def _bags(side: Side, rstd: Tensor | None, indices: Tensor, offsets: Tensor, which: Tensor) -> Tensor:
     """The mean of y over the tokens of some bags; [n, D] in the wide dtype."""
-    dtype = wide(side.states.dtype)
+    dtype = wide_dtype(side.states.dtype)
     starts = offsets[which]
     lengths = offsets[which + 1] - starts
     begins = lengths.cumsum(0) - lengths

@@ -12,6 +12,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns, wide_dtype
 from mtllm_fast.ops.distillation_loss.inputs import (
     FIGURES,
     Forward,
@@ -21,7 +22,6 @@ from mtllm_fast.ops.distillation_loss.inputs import (
     Vectors,
     spans_of_tokens,
 )
-from mtllm_fast.ops.norm_pool.reference import wide
 from mtllm_fast.ops.norm_pool.schema import why_not_kernels
 
 _MAX_UNALIGNED = 8192  # of the CUDA kernel
@@ -65,7 +65,7 @@ class Tensors(NamedTuple):
         """The same as backends take it: rows may be strided, everything else is contiguous."""
         dense = self._replace(
             **{name: t.contiguous() for name, t in self._asdict().items() if t is not None and name not in _STATES},
-            **{name: _rows(t) for name, t in self._asdict().items() if t is not None and name in _STATES},
+            **{name: adjacent_columns(t) for name, t in self._asdict().items() if t is not None and name in _STATES},
         )
         student = Side(dense.hidden_states, dense.weight, eps, dense.cu_seqlens)
         teacher: Side | Vectors
@@ -82,11 +82,6 @@ class Tensors(NamedTuple):
 
 
 _STATES = ("hidden_states", "teacher_states")
-
-
-def _rows(states: Tensor) -> Tensor:
-    """Backends read any row stride but only adjacent columns."""
-    return states if states.stride(1) == 1 else states.contiguous()
 
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +116,7 @@ _OPTIONS = "float eps, float teacher_eps, float sequence_weight, float span_weig
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = Tensors(*arguments[:12])
-    dtype = wide(tensors.hidden_states.dtype)
+    dtype = wide_dtype(tensors.hidden_states.dtype)
     scalar = tensors.hidden_states.new_empty((), dtype=dtype)
     grad_pooled = scalar.new_empty(tensors.cu_seqlens.shape[0] - 1, tensors.hidden_states.shape[1])
     return scalar, scalar.new_empty(len(FIGURES)), grad_pooled, torch.empty_like(scalar)
@@ -132,7 +127,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     hidden_states, needs_weight = arguments[0], arguments[-2]
     size = hidden_states.shape[1] if needs_weight else 0
-    dtype = wide(hidden_states.dtype) if needs_weight else hidden_states.dtype
+    dtype = wide_dtype(hidden_states.dtype) if needs_weight else hidden_states.dtype
     return hidden_states.new_empty(hidden_states.shape), hidden_states.new_empty(size, dtype=dtype)
 
 

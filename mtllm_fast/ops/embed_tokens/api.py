@@ -8,9 +8,9 @@ from torch import Tensor
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.embed_tokens import schema
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -85,11 +85,11 @@ def _check(input_ids: Tensor, weight: Tensor, position_ids: Tensor, table: Tenso
     check_shape("embed_tokens", "input_ids", input_ids, ("T",))
     check_dtype("embed_tokens", "input_ids", input_ids, _INTEGERS)
     check_shape("embed_tokens", "weight", weight, ("V", "d"))
-    check_dtype("embed_tokens", "weight", weight, _FLOATS)
+    check_dtype("embed_tokens", "weight", weight, FLOATS)
     check_shape("embed_tokens", "position_ids", position_ids, (input_ids.shape[0],))
     check_dtype("embed_tokens", "position_ids", position_ids, _INTEGERS)
     check_shape("embed_tokens", "table", table, ("P", weight.shape[1]))
-    check_dtype("embed_tokens", "table", table, _FLOATS)
+    check_dtype("embed_tokens", "table", table, FLOATS)
     check_same_device("embed_tokens", weight=weight, input_ids=input_ids, position_ids=position_ids, table=table)
     if needs_grad(table):
         raise ValueError("embed_tokens: table must be a constant, got one that requires a gradient; detach it")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.layer_norm import schema
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def layer_norm(
@@ -94,13 +92,13 @@ def _check(
     hidden_states: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, sum_bias: Tensor | None
 ) -> None:
     check_shape("layer_norm", "hidden_states", hidden_states, ("T", "d"))
-    check_dtype("layer_norm", "hidden_states", hidden_states, _FLOATS)
+    check_dtype("layer_norm", "hidden_states", hidden_states, FLOATS)
     vectors = {"weight": weight, "bias": bias}
     if sum_bias is not None:
         vectors["sum_bias"] = sum_bias
     for name, vector in vectors.items():
         check_shape("layer_norm", name, vector, (hidden_states.shape[1],))
-        check_dtype("layer_norm", name, vector, _FLOATS)
+        check_dtype("layer_norm", name, vector, FLOATS)
     check_same_device("layer_norm", hidden_states=hidden_states, **vectors)
     if residual is not None:
         check_shape("layer_norm", "residual", residual, hidden_states.shape)

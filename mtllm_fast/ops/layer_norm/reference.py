@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtllm_fast.core.tensors import wide_dtype
+
 
 def forward(
     hidden_states: Tensor,
@@ -25,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(normed [T, d], summed [T, d], mean [T], rstd [T])"""
     states = hidden_states if residual is None else hidden_states + residual
-    dtype = wide(states.dtype)
+    dtype = wide_dtype(states.dtype)
     rows = _normable(states)
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], weight.to(dtype), bias.to(dtype), eps)
     summed = None if residual is None else states
@@ -46,7 +48,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = rstd (g − mean(g) − x̂ mean(g ⊙ x̂)) + grad_summed with g = weight ⊙ grad_normed; Σ_t grad_normed ⊙ x̂; Σ_t
     grad_normed. The latter two [d] in the wide dtype."""
-    rows, parameter = _normable(states), weight.to(wide(states.dtype))
+    rows, parameter = _normable(states), weight.to(wide_dtype(states.dtype))
     grads = torch.ops.aten.native_layer_norm_backward(
         grad_normed.to(rows.dtype), rows, rows.shape[1:], mean[:, None], rstd[:, None], parameter, parameter,
         [needs_states, needs_parameters, needs_parameters],
@@ -59,10 +61,5 @@ def backward(
     return grad_states.to(states.dtype), grad_weight, grad_bias
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _normable(states: Tensor) -> Tensor:
-    return states if states.is_cpu else states.to(wide(states.dtype))
+    return states if states.is_cpu else states.to(wide_dtype(states.dtype))

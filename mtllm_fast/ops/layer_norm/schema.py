@@ -11,6 +11,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns, wide_dtype
 
 MAX_WIDTH = 8192  # of the kernels, which hold a row in registers
 
@@ -32,11 +33,6 @@ BACKENDS = Backends(
 )
 
 
-def _rows(states: Tensor) -> Tensor:
-    """Backends read any row stride but only adjacent columns."""
-    return states if states.stride(1) == 1 else states.contiguous()
-
-
 def compute_forward(
     hidden_states: Tensor,
     weight: Tensor,
@@ -49,10 +45,10 @@ def compute_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(normed [T, d], summed [T, d], mean [T], rstd [T])"""
     return BACKENDS.load(backend, hidden_states).forward(
-        _rows(hidden_states),
+        adjacent_columns(hidden_states),
         weight.contiguous(),
         bias.contiguous(),
-        None if residual is None else _rows(residual),
+        None if residual is None else adjacent_columns(residual),
         None if sum_bias is None else sum_bias.contiguous(),
         eps,
         save,
@@ -81,7 +77,7 @@ def launch_backward(
     outputs = BACKENDS.load(backend, states).backward(
         grad_normed.contiguous(),
         None if grad_summed is None else grad_summed.contiguous(),
-        _rows(states),
+        adjacent_columns(states),
         mean,
         rstd,
         weight.contiguous(),
@@ -90,10 +86,6 @@ def launch_backward(
     )
     grad_states, grad_weight, grad_bias = (states.new_empty(0) if output is None else output for output in outputs)
     return grad_states, grad_weight, grad_bias
-
-
-def _wide(states: Tensor) -> torch.dtype:
-    return torch.float64 if states.dtype == torch.float64 else torch.float32
 
 
 def _fake_forward(
@@ -112,7 +104,9 @@ def _fake_forward(
     )
     if not save:
         return normed, summed, hidden_states.new_empty(0), hidden_states.new_empty(0)
-    mean, rstd = (hidden_states.new_empty(hidden_states.shape[0], dtype=_wide(hidden_states)) for _ in range(2))
+    mean, rstd = (
+        hidden_states.new_empty(hidden_states.shape[0], dtype=wide_dtype(hidden_states.dtype)) for _ in range(2)
+    )
     return normed, summed, mean, rstd
 
 
@@ -130,7 +124,7 @@ def _fake_backward(
     grad_states = states.new_empty(states.shape if needs_states else 0)
     if not needs_parameters:
         return grad_states, states.new_empty(0), states.new_empty(0)
-    grad_weight, grad_bias = (states.new_empty(states.shape[1], dtype=_wide(states)) for _ in range(2))
+    grad_weight, grad_bias = (states.new_empty(states.shape[1], dtype=wide_dtype(states.dtype)) for _ in range(2))
     return grad_states, grad_weight, grad_bias
 
 

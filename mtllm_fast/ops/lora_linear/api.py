@@ -11,12 +11,12 @@ from torch import Tensor
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.lora_linear import schema
 from mtllm_fast.ops.lora_linear.group import SOURCES, Adapter, Gated, RmsNormed
 from mtllm_fast.ops.lora_linear.masks import draw_seed, threshold_of
 
 _OP = "lora_linear"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
@@ -105,7 +105,7 @@ def _arguments(
 ) -> tuple[tuple[Any, ...], list[int]]:
     """(the op's arguments, the projections' widths), checked."""
     check_shape(_OP, "x", x, ("T", "K"))
-    check_dtype(_OP, "x", x, _FLOATS)
+    check_dtype(_OP, "x", x, FLOATS)
     weights = [weight] if isinstance(weight, Tensor) else [*weight]
     if isinstance(weight, Tensor):
         sizes = _sizes(adapters, sizes)
@@ -162,7 +162,7 @@ def _check_adapter(x: Tensor, g: int, adapter: Adapter, size: int, dtype: torch.
     check_shape(_OP, f"{name}.b", adapter.b, (size, adapter.a.shape[0]))
     if adapter.a.shape[0] == 0:
         raise ValueError(f"{_OP}: {name} must have a rank of at least 1, got 0; pass None for no adapter")
-    check_dtype(_OP, f"{name}.a", adapter.a, _FLOATS)
+    check_dtype(_OP, f"{name}.a", adapter.a, FLOATS)
     for part in ("a", "b"):
         check_dtype(_OP, f"{name}.{part}", getattr(adapter, part), (dtype,))
     check_same_device(_OP, x=x, **{f"{name}.a": adapter.a, f"{name}.b": adapter.b})
@@ -187,6 +187,6 @@ def _source(x: Tensor, source: RmsNormed | Gated | None) -> tuple[str, list[Tens
     shapes = {"rstd": (x.shape[0],), "weight": (x.shape[1],)}
     for name, tensor in source._asdict().items():
         check_shape(_OP, f"source.{name}", tensor, shapes.get(name, tuple(x.shape)))
-        check_dtype(_OP, f"source.{name}", tensor, _FLOATS if name in shapes else (x.dtype,))
+        check_dtype(_OP, f"source.{name}", tensor, FLOATS if name in shapes else (x.dtype,))
     check_same_device(_OP, x=x, **{f"source.{name}": tensor for name, tensor in source._asdict().items()})
     return kind, [tensor.detach() for tensor in source]

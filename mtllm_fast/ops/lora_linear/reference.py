@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtllm_fast.core.tensors import wide_dtype
 from mtllm_fast.ops.lora_linear.group import Gated, Group, RmsNormed
 from mtllm_fast.ops.lora_linear.masks import keep_masks, kept_scale
 
@@ -57,7 +58,7 @@ def backward(
         torch.mm(grad.t(), rank, out=grad_b).mul_(scale)
     # d times c: both products with it want the factor, and this is the smallest place for it.
     low_rank = [(grad @ b).mul_(scale * c) for grad, b, scale in zip(grads, group.b, group.scales, strict=True)]
-    wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads_a]
+    wide = [grad.to(wide_dtype(grad.dtype)) for grad in grads_a]
     for rows in _blocks(tokens, group):
         masks = _masks(group, rows)
         inputs = None if flat is None else states(_rows(x, rows))
@@ -74,10 +75,10 @@ def backward(
 def states(x: Tensor | RmsNormed | Gated) -> Tensor:
     """x, computed again in float32 and rounded once where it was not kept."""
     if isinstance(x, RmsNormed):
-        wide = torch.promote_types(x.states.dtype, torch.float32)
+        wide = wide_dtype(x.states.dtype)
         return (x.states.to(wide) * x.rstd[:, None]).mul_(x.weight).to(x.states.dtype)
     if isinstance(x, Gated):
-        wide = torch.promote_types(x.gate.dtype, torch.float32)
+        wide = wide_dtype(x.gate.dtype)
         return F.silu(x.gate.to(wide)).mul_(x.up).to(x.gate.dtype)
     return x
 

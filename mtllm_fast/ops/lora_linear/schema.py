@@ -14,6 +14,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, touched_bytes
+from mtllm_fast.core.tensors import adjacent_columns
 from mtllm_fast.ops.lora_linear.columns import merged
 from mtllm_fast.ops.lora_linear.group import SOURCES, Group
 
@@ -34,11 +35,6 @@ BACKENDS = Backends(
 )
 
 
-def _rows(t: Tensor) -> Tensor:
-    """Backends read any row stride but only adjacent columns."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _group(a: Any, b: Any, scales: Any, at: Any, dropout: float, seed: Tensor | None) -> Group:
     return Group([t.contiguous() for t in a], [t.contiguous() for t in b], scales, at, dropout, seed)
 
@@ -51,7 +47,7 @@ def launch_forward(
     """(y [T, Σ N], low [T, Σ r])"""
     with torch.autocast(x.device.type, enabled=False):
         module = BACKENDS.load(backend, x, a)
-        return module.forward(_rows(x), weights, bias, _group(a, b, scales, at, dropout, seed))
+        return module.forward(adjacent_columns(x), weights, bias, _group(a, b, scales, at, dropout, seed))
 
 
 def launch_backward(
@@ -60,12 +56,12 @@ def launch_backward(
     needs_x: bool, needs_adapters: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dx [T, K], the gradients of all a and b, flat); empty where not needed."""
-    tensors = [_rows(t) for t in source]
+    tensors = [adjacent_columns(t) for t in source]
     x = SOURCES[kind](*tensors) if kind in SOURCES else tensors[0]
     with torch.autocast(grad_y.device.type, enabled=False):
         module = BACKENDS.load(backend, grad_y, a)
         group = _group(a, b, scales, at, dropout, seed)
-        grad_x, flat = module.backward(_rows(grad_y), x, low, weights, group, needs_x, needs_adapters)
+        grad_x, flat = module.backward(adjacent_columns(grad_y), x, low, weights, group, needs_x, needs_adapters)
     return grad_y.new_empty(0) if grad_x is None else grad_x, low.new_empty(0) if flat is None else flat
 
 

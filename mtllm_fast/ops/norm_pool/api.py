@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_choice, check_cu_seqlens, check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.norm_pool import schema
 
 POOLINGS = ("mean", "cls", "eos")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def norm_pool(
@@ -79,7 +78,7 @@ def _check(hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, pooling: s
     check_shape("norm_pool", "hidden_states", hidden_states, ("T", "D"))
     check_shape("norm_pool", "weight", weight, (hidden_states.shape[1],))
     check_cu_seqlens("norm_pool", "cu_seqlens", cu_seqlens)
-    check_dtype("norm_pool", "hidden_states", hidden_states, _FLOATS)
-    check_dtype("norm_pool", "weight", weight, _FLOATS)
+    check_dtype("norm_pool", "hidden_states", hidden_states, FLOATS)
+    check_dtype("norm_pool", "weight", weight, FLOATS)
     check_same_device("norm_pool", hidden_states=hidden_states, weight=weight, cu_seqlens=cu_seqlens)
     check_choice("norm_pool", "pooling", pooling, POOLINGS)

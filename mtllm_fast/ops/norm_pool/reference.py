@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtllm_fast.core.tensors import wide_dtype
+
 BLOCK_ELEMENTS = 2**19  # 2 MB in float32: with less, the calls cost more than the memory
 
 
@@ -30,7 +32,7 @@ def forward(
 
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, eps: float | None, pooling: str = "mean") -> Tensor:
     """Σ_t r_t x̂_t, or Σ_t r_t h_t for states that are normed already (eps is None); [B, D] in the wide dtype."""
-    dtype = wide(hidden_states.dtype)
+    dtype = wide_dtype(hidden_states.dtype)
     sentence, r = _sentences(cu_seqlens, hidden_states.shape[0], dtype, pooling)
     if hidden_states.dtype == dtype or not hidden_states.is_cpu:
         hidden_states = hidden_states.to(dtype)
@@ -53,7 +55,7 @@ def backward(
     grad_pooled: Tensor, hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str
 ) -> Tensor:
     """dh_t = r_t rstd_t (g − x̂_t mean(g ⊙ x̂_t)) with g = weight ⊙ grad_pooled[b]; [T, D]"""
-    dtype = wide(hidden_states.dtype)
+    dtype = wide_dtype(hidden_states.dtype)
     grad_hidden = torch.zeros_like if pooling != "mean" else torch.empty_like
     grad = grad_hidden(hidden_states, memory_format=torch.contiguous_format)
     grad[int(cu_seqlens[-1]) :] = 0  # the tail after the last sentence may hold anything
@@ -79,11 +81,6 @@ def norm_backward(g: Tensor, rows: Tensor, eps: float, out: Tensor) -> None:
 
 def rstd_of(rows: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(rows, dim=-1).square() / rows.shape[-1] + eps)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that everything is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_blocks(states: Tensor) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns
 
 MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
 
@@ -35,17 +36,12 @@ BACKENDS = Backends(
 )
 
 
-def _rows(states: Tensor) -> Tensor:
-    """Backends read any row stride but only adjacent columns."""
-    return states if states.stride(1) == 1 else states.contiguous()
-
-
 def launch_forward(
     hidden_states: Tensor, weight: Tensor, cu_seqlens: Tensor, eps: float, pooling: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(pooled [B, D], what the weight's gradient needs [B, D], or an empty tensor unless ``save``)"""
     module = BACKENDS.load(backend, hidden_states)
-    arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
+    arguments = (adjacent_columns(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
     pooled, normed_mean = module.forward(*arguments, save)
     return pooled, hidden_states.new_empty(0) if normed_mean is None else normed_mean
 
@@ -60,7 +56,7 @@ def launch_backward(
     backend: str,
 ) -> Tensor:
     module = BACKENDS.load(backend, hidden_states)
-    arguments = (_rows(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
+    arguments = (adjacent_columns(hidden_states), weight.contiguous(), cu_seqlens.contiguous(), eps, pooling)
     return module.backward(grad_pooled.contiguous(), *arguments)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import compute_capability, why_not_triton
 from mtllm_fast.core.registered import differentiable_once, register
+from mtllm_fast.core.tensors import adjacent_columns
 from mtllm_fast.ops.quantize_rows.e4m3 import E4M3
 
 MAX_WIDTH = 32768  # of the kernel, which holds a row in registers
@@ -50,7 +51,7 @@ def launch(
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(1) == 1 else x.contiguous()
+    return None if x is None else adjacent_columns(x)
 
 
 def _fake(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.rms_norm import schema
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def rms_norm(
@@ -87,9 +85,9 @@ def _check(hidden_states: Tensor, weight: Tensor, residual: Tensor | None) -> No
         raise TypeError(f"rms_norm: hidden_states must be a tensor, got {type(hidden_states).__name__}")
     if hidden_states.dim() < 2:
         raise ValueError(f"rms_norm: hidden_states must be [..., T, D], got {list(hidden_states.shape)}")
-    check_dtype("rms_norm", "hidden_states", hidden_states, _FLOATS)
+    check_dtype("rms_norm", "hidden_states", hidden_states, FLOATS)
     check_shape("rms_norm", "weight", weight, (hidden_states.shape[-1],))
-    check_dtype("rms_norm", "weight", weight, _FLOATS)
+    check_dtype("rms_norm", "weight", weight, FLOATS)
     check_same_device("rms_norm", hidden_states=hidden_states, weight=weight)
     if residual is not None:
         check_shape("rms_norm", "residual", residual, hidden_states.shape)

@@ -13,14 +13,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mtllm_fast.ops.norm_pool.reference import BLOCK_ELEMENTS, rstd_of, wide
+from mtllm_fast.core.tensors import wide_dtype
+from mtllm_fast.ops.norm_pool.reference import BLOCK_ELEMENTS, rstd_of
 
 
 def forward(
     hidden_states: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(normed [T, H, D], summed [T, H, D], rstd [T, H] in the wide dtype)"""
-    shape, dtype = hidden_states.shape, wide(hidden_states.dtype)
+    shape, dtype = hidden_states.shape, wide_dtype(hidden_states.dtype)
     gain = weight.to(dtype)
     normed = hidden_states.new_empty(shape)
     summed = None if residual is None else hidden_states.new_empty(shape)

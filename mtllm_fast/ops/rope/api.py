@@ -11,9 +11,8 @@ from torch import Tensor
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.rope import schema
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -100,7 +99,7 @@ def _call(
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     check_shape("rope", "q", q, ("T", "H", "hd"))
     T, _, hd = q.shape
-    check_dtype("rope", "q", q, _FLOATS)
+    check_dtype("rope", "q", q, FLOATS)
     if hd % 2:
         raise ValueError(f"rope: q must be [T, H, hd] with an even hd, got {list(q.shape)}")
     check_shape("rope", "k", k, (T, "KV", hd))

@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtllm_fast.ops.norm_pool.reference import wide
+from mtllm_fast.core.tensors import wide_dtype
 from mtllm_fast.ops.rms_norm.reference import token_blocks
 
 
 def rotate(inputs: list[Tensor], outputs: list[Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """q, k and perhaps v -> the same rotated, v copied; all ``[T, heads, hd]``, the tables ``[T, hd]``."""
     half = cos.shape[1] // 2
-    dtype = cos.dtype if cos.dtype == inputs[0].dtype else wide(inputs[0].dtype)
+    dtype = cos.dtype if cos.dtype == inputs[0].dtype else wide_dtype(inputs[0].dtype)
     sign = 1 if inverse else -1
     for source, out in zip(inputs[:2], outputs[:2], strict=True):
         for start, stop in token_blocks(out):

@@ -15,6 +15,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns
 
 MAX_HEADS_WIDTH = 16384  # of the kernels, which hold the heads of a token in registers
 
@@ -43,7 +44,7 @@ def launch_forward(
     """(q [T, H, hd], k [T, KV, hd], v [T, KV, hd] or an empty tensor if ``k`` is given)"""
     parts = _split(heads, num_heads) if k is None else (heads, k)
     outputs = [buffers.new_empty(part, *part.shape) for part in parts]
-    _launch([_adjacent(part) for part in parts], outputs, cos, sin, False, backend)
+    _launch([adjacent_columns(part) for part in parts], outputs, cos, sin, False, backend)
     return outputs[0], outputs[1], outputs[2] if k is None else heads.new_empty(0)
 
 
@@ -58,7 +59,7 @@ def launch_backward(
         T, H, hd = grad_q.shape
         grad, grad_heads_k = grad_q.new_empty(T, H + 2 * grad_k.shape[1], hd), grad_q.new_empty(0)
         grads, outputs = [grad_q, grad_k, grad_v], list(_split(grad, H))
-    _launch([_adjacent(part) for part in grads], outputs, cos, sin, True, backend)
+    _launch([adjacent_columns(part) for part in grads], outputs, cos, sin, True, backend)
     return grad, grad_heads_k
 
 
@@ -71,11 +72,6 @@ def _split(heads: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     kv_heads = (heads.shape[1] - num_heads) // 2
     q, k, v = heads.split((num_heads, kv_heads, kv_heads), dim=1)
     return q, k, v
-
-
-def _adjacent(heads: Tensor) -> Tensor:
-    """Backends read any strides of tokens and heads but only adjacent columns."""
-    return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
 def _fake_forward(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_choice, check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS, wide_dtype
 from mtllm_fast.ops.stack_projection import schema
 from mtllm_fast.ops.stack_projection.composite import (
     Composite,
@@ -19,12 +20,10 @@ from mtllm_fast.ops.stack_projection.composite import (
     break_even_tokens,
     building_cost,
     interleave,
-    wide_dtype,
 )
 from mtllm_fast.ops.stack_projection.reference import apply_rope, rms_norm, specification
 
 _OP = "stack_projection"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMS = ("auto", "absorbed", "unabsorbed")
 
 
@@ -193,7 +192,7 @@ def _check(
 ) -> None:
     check_choice(_OP, "form", form, FORMS)
     check_shape(_OP, "encoder_states", e, ("T", "d"))
-    check_dtype(_OP, "encoder_states", e, _FLOATS)
+    check_dtype(_OP, "encoder_states", e, FLOATS)
     check_shape(_OP, "weights.up", w.up, ("D", e.shape[1]))
     check_dtype(_OP, "weights.up", w.up, (e.dtype,))
     check_shape(_OP, "weights.norm", w.norm, (w.up.shape[0],))

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtllm_fast.core.tensors import wide_dtype
+
 FEW_TOKENS = 64  # up to here the CUDA kernel reads each weight once per 32 tokens; beyond, products are bound by FLOPs
 
 
@@ -96,11 +98,6 @@ class Composite:
         if low is not None:
             lost = lost - low.to(lost.dtype)
         return replace(self, weight=weight, residual=low, bias=self.bias + lost @ mean_state.to(lost.dtype))
-
-
-def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:

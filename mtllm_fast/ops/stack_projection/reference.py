@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtllm_fast.core import onednn
-from mtllm_fast.ops.stack_projection.composite import StackWeights, deinterleave, interleave, wide_dtype
+from mtllm_fast.core.tensors import wide_dtype
+from mtllm_fast.ops.stack_projection.composite import StackWeights, deinterleave, interleave
 
 
 def specification(

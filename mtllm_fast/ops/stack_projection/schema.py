@@ -14,7 +14,8 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
-from mtllm_fast.ops.stack_projection.composite import FEW_TOKENS, Composite, wide_dtype, wide_mm
+from mtllm_fast.core.tensors import wide_dtype
+from mtllm_fast.ops.stack_projection.composite import FEW_TOKENS, Composite, wide_mm
 
 
 def _why_not_kernels(states: Tensor, head_dim: int) -> str | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.swiglu import schema
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -59,7 +57,7 @@ def _check(gate: Tensor, up: Tensor | None) -> None:
         raise TypeError(f"swiglu: gate must be a tensor, got {type(gate).__name__}")
     if gate.dim() < 1:
         raise ValueError("swiglu: gate must be [..., F], got []")
-    check_dtype("swiglu", "gate", gate, _FLOATS)
+    check_dtype("swiglu", "gate", gate, FLOATS)
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate must be [..., 2 F] if there is no up, got {list(gate.shape)}")

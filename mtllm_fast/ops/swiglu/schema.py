@@ -12,6 +12,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns
 
 
 def why_not_kernels(gate: Tensor) -> str | None:
@@ -56,7 +57,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Tensor:
     """``[T, F]`` with adjacent columns; rows of a 2-D tensor may be strided."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = adjacent_columns(x)
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

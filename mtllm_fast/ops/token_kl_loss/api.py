@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from mtllm_fast.core.backends import Explanation
 from mtllm_fast.core.checks import check_choice, check_dtype, check_same_device, check_shape
 from mtllm_fast.core.dispatch import needs_grad, watched
+from mtllm_fast.core.tensors import FLOATS
 from mtllm_fast.ops.token_kl_loss import schema
 
 DIVERGENCES = ("kl", "jsd")
 REDUCTIONS = ("mean", "sum")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_kl_loss(
@@ -123,7 +122,7 @@ def _check(
         tensors["teacher_weight"] = teacher_weight
         check_shape(op, "teacher_weight", teacher_weight, (weight.shape[0], teacher_hidden_states.shape[1]))
     for name, tensor in tensors.items():
-        check_dtype(op, name, tensor, _FLOATS)
+        check_dtype(op, name, tensor, FLOATS)
     check_same_device(op, **tensors)
     check_choice(op, "divergence", divergence, DIVERGENCES)
     check_choice(op, "reduction", reduction, REDUCTIONS)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mtllm_fast.core import onednn
+from mtllm_fast.core.tensors import wide_dtype
 
 # Of a tile. Its logits take 8 MB in float32, and up to five such tensors are alive. At a width of 4096 the product that
 # is added to a gradient takes 32 MB, and where halves must be cast, its rows do too and its part of a head takes 16 MB.
@@ -54,7 +55,7 @@ def forward(
     """(loss of each row [N], what the gradient needs [3, N]: log-sum-exp of s, of t, and for jsd KL(q‖m))"""
     inputs = (hidden_states, teacher_hidden_states, weight, teacher_weight, temperature)
     chunks, rows = len(_slices(weight.shape[0], COLUMNS)), hidden_states.shape[0]
-    log_sums = hidden_states.new_empty(2, chunks, rows, dtype=_wide(hidden_states))
+    log_sums = hidden_states.new_empty(2, chunks, rows, dtype=wide_dtype(hidden_states.dtype))
     losses = torch.zeros_like(log_sums)  # of q and of p, like log_sums
     for tile in _tiles(*inputs):
         at = (tile.chunk, tile.rows)
@@ -119,7 +120,7 @@ def _tiles(
     temperature: float,
 ) -> Iterator[_Tile]:
     """Every tile, chunk by chunk of the vocabulary, so that a head is read once and its gradient is finished once."""
-    wide = _wide(hidden_states)
+    wide = wide_dtype(hidden_states.dtype)
     dtype, teacher_dtype = _product_dtype(hidden_states), _product_dtype(teacher_hidden_states)
     of_teacher = weight if teacher_weight is None else teacher_weight
     for chunk, columns in enumerate(_slices(weight.shape[0], COLUMNS)):
@@ -157,10 +158,6 @@ def _product_dtype(states: Tensor) -> torch.dtype:
     if states.device.type == "cpu" and states.dtype.itemsize == 2:
         return onednn.product_dtype(states.dtype) or torch.float32
     return states.dtype
-
-
-def _wide(states: Tensor) -> torch.dtype:
-    return torch.float64 if states.dtype == torch.float64 else torch.float32
 
 
 def _slices(total: int, size: int) -> list[slice]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtllm_fast.core import buffers, native_cpu
+from mtllm_fast.core.tensors import wide_dtype
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Up to this length two batched products and a softmax beat the flash kernel, which works on one head's 32 queries at a
@@ -42,7 +43,7 @@ def _as_batch(x_THd: Tensor, count: int, length: int) -> Tensor:
 def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out ``[T, H, hd]`` and the log-sum-exp of the scores ``[T, H]``; dead-tail rows are zero."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_zeros(q.shape[:2], dtype=wide_dtype(q.dtype))
     for start, end, count, length in _equal_length_runs(cu_seqlens):
         batch = (_as_batch(t[start:end], count, length) for t in (q, k, v))
         out_NHLd, lse_NHL = _FORWARD(*batch, 0.0, False, attn_mask=None, scale=scale)
@@ -91,7 +92,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, o
 
 def _short(q_NHLd: Tensor, k_NKLd: Tensor, v_NKLd: Tensor, scale: float) -> Tensor:
     """Attention whose scores fit the cache, at least in float32. A key head's group of queries is one longer query."""
-    dtype = torch.promote_types(q_NHLd.dtype, torch.float32)
+    dtype = wide_dtype(q_NHLd.dtype)
     q_NKGd = q_NHLd.to(dtype).unflatten(1, (k_NKLd.shape[1], -1)).flatten(2, 3).flatten(0, 1)
     k_NKLd, v_NKLd = (t.to(dtype).flatten(0, 1) for t in (k_NKLd, v_NKLd))
     scores = torch.baddbmm(q_NKGd.new_empty(()), q_NKGd, k_NKLd.mT, beta=0, alpha=scale)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mtllm_fast.core.tensors import wide_dtype
+
 
 def varlen_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float, dropout_p: float = 0.0
@@ -24,7 +26,7 @@ def varlen_attention_reference(
         q_HLd = q[start:end].transpose(0, 1)
         k_HLd, v_HLd = (t[start:end].repeat_interleave(groups, dim=1).transpose(0, 1) for t in (k, v))
         scores = q_HLd @ k_HLd.transpose(1, 2) * scale
-        dtype = torch.promote_types(scores.dtype, torch.float32)
+        dtype = wide_dtype(scores.dtype)
         weights = F.dropout(scores.softmax(-1, dtype=dtype).to(q.dtype), dropout_p)
         outputs.append((weights @ v_HLd).transpose(0, 1))
     outputs.append(q.new_zeros(q.shape[0] - bounds[-1], *q.shape[1:]))

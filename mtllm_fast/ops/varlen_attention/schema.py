@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtllm_fast.core.tensors import wide_dtype
 from mtllm_fast.ops.varlen_attention import cpu
 
 torch.library.define(
@@ -25,7 +26,7 @@ torch.library.impl("mtllm_fast::varlen_attention_cpu_backward", "CPU", cpu.backw
 @torch.library.register_fake("mtllm_fast::varlen_attention_cpu")
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
 
 
 @torch.library.register_fake("mtllm_fast::varlen_attention_cpu_backward")
