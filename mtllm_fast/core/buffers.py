@@ -1,8 +1,8 @@
 """Memory for the CPU's large temporaries that is used again instead of going back to the system.
 
 The C library returns blocks of some megabytes as soon as they are free, and the system clears each page that it hands
-out again: of a float32 forward of packed sentences that was a fifth of the time. Within ``reused()`` a block
-serves its next tenant once no tensor looks at it any more, so nobody ever sees it change.
+out again: up to a fifth of a float32 forward of packed sentences (docs/layers.md). Within ``reused()`` a block serves its
+next tenant once no tensor looks at it any more, so nobody ever sees it change.
 """
 
 from __future__ import annotations
