@@ -96,7 +96,8 @@ def all_stages(out: Path, size: str) -> list[Stage]:
 
     # The ops and the model in one stage: every worker imports everything once. What takes longest comes last.
     tested = ("gpu", "graphs", "graphs_gpu", "norm_pool", "varlen_attention", *layers, "precision", "twins")
-    tested += ("distillation_loss", "token_kl_loss", "stack_projection")
+    losses = ("distillation_loss", "token_kl_loss", "stack_projection")
+    tested += (*losses, *(f"{name}_torch" for name in losses))
     profile = (python, "benchmarks/profile_model.py", "--size", size, "--out", str(out / "profile.json"))
 
     def mode(name: str, budget_seconds: float, options: str) -> Stage:
