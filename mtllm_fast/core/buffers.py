@@ -1,8 +1,8 @@
 """Memory for the CPU's large temporaries that is used again instead of going back to the system.
 
 The C library returns blocks of some megabytes as soon as they are free, and the system clears each page that it hands
-out again: up to a fifth of a float32 forward of packed sentences (docs/layers.md). Within ``reused()`` a block serves its
-next tenant once no tensor looks at it any more, so nobody ever sees it change.
+out again (what that costs: ``benchmarks/fresh_memory.py``). Within ``reused()`` a block serves its next tenant once no
+tensor looks at it any more, so nobody ever sees it change.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SMALLEST = 1 << 17  # bytes; below, the C library keeps what is freed
-_WASTE = 1.5  # a block may be so many times as large as what is asked for
+_WASTE = 1.25  # a block may be so many times as large as what is asked for
 _NUMPY = {dtype: np.dtype(str(dtype)[6:]) for dtype in (torch.float32, torch.float64, torch.float16, torch.int8)}
 _NUMPY[torch.bfloat16] = np.dtype("int16")  # NumPy has no such floats
 _CPU = torch.device("cpu")
-_active = threading.local()
+
+
+class _Active(threading.local):
+    pool: _Pool | None = None
 
 
 class _Pool:
-    """Blocks that are free, newest last. Together with those in use they take at most twice what was ever in use."""
+    """Blocks that are free, newest last. With those in use they take at most twice the most ever in use at once."""
 
     def __init__(self) -> None:
         self.free: list[np.ndarray] = []
@@ -59,7 +62,11 @@ class _Pool:
         held = self.in_use + size + sum(block.nbytes for block in free)
         while free and held > 2 * max(self.most, self.in_use + size):
             held -= free.pop(0).nbytes
-        return torch.empty(size, dtype=torch.uint8, device=_CPU).numpy()  # aligned as torch's tensors are
+        try:
+            return _new_block(size)
+        except RuntimeError:  # out of memory, of which we hold some
+            free.clear()
+            return _new_block(nbytes)
 
     def _give_back(self, watcher: weakref.ref[np.ndarray]) -> None:
         with self.lock:
@@ -75,13 +82,21 @@ class _Pool:
             self.lent.clear()
 
 
+def _new_block(nbytes: int) -> np.ndarray:
+    """Aligned as torch's tensors are."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=_CPU).numpy()
+
+
+_active = _Active()
+
+
 @contextmanager
 def reused() -> Iterator[None]:
     """Within, ``empty`` of this thread hands out memory again; at the end of the outermost one it is released.
 
     For what autograd does not record. What is still in use then lives on until its last tensor dies.
     """
-    if getattr(_active, "pool", None) is not None:
+    if _active.pool is not None:
         yield
         return
     _active.pool = pool = _Pool()
@@ -107,12 +122,12 @@ def reusing(function: Callable[P, R]) -> Callable[P, R]:
 
 def is_active() -> bool:
     """Whether this thread is within ``reused()``."""
-    return getattr(_active, "pool", None) is not None
+    return _active.pool is not None
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised CPU tensor, whatever the default dtype and device are."""
-    pool: _Pool | None = getattr(_active, "pool", None)
+    pool = _active.pool
     if pool is not None and dtype in _NUMPY:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes >= SMALLEST:

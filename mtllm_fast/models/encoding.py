@@ -176,13 +176,13 @@ class _Collector:
             self.pooled[upload(torch.from_numpy(rows), self.device)] = states
             return
         for row, part in zip(rows, states.split(lengths.tolist()), strict=True):
-            self.tokens[row] = part
+            self.tokens[row] = part.clone()  # a view would keep the whole batch's
 
     def result(self, single: bool) -> Any:
         if self.options.output == "pooled":
             found = self.pooled.numpy() if self.options.to_numpy else self.pooled
             return found[0] if single else found
-        tokens = [t.numpy() if self.options.to_numpy else t.clone() for t in self.tokens]
+        tokens = [t.numpy() for t in self.tokens] if self.options.to_numpy else self.tokens
         return tokens[0] if single else tokens
 
 

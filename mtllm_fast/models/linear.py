@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import SiLUActivation
 
 from mtllm_fast.core import buffers, onednn
@@ -66,11 +67,13 @@ def linear(
         y = twin(x)
     elif kind is nn.ReLU and not x.is_cpu and is_linear(module):
         return bias_relu(F.linear(x, module.weight), module.bias)
-    elif kind is nn.ReLU and accumulates(module, x):
-        return _call(module, x).relu_()
+    elif _writes_into_buffers(module, x):
+        y = _product(module, x)
+        if kind is nn.ReLU:
+            return y.relu_()
     else:
         group = lora_group((module,), x, source=source) if is_lora(module) else None
-        y = _call(module, x) if group is None else group[0]
+        y = module(x) if group is None else group[0]
     if activation is not None:
         return activation(y)
     if times is not None:
@@ -78,11 +81,18 @@ def linear(
     return y if plus is None else y + plus
 
 
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, a plain one's product in memory that is used again where the caller has opened ``buffers``."""
-    if not (buffers.is_active() and x.is_cpu and x.dim() == 2 and accumulates(module, x)) or watched(x, module.weight):
-        return module(x)
-    weight, bias = module.weight, module._parameters["bias"]
+def _writes_into_buffers(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``_product`` serves: on a CPU, within ``buffers.reused()``, and nobody waits for the module's call."""
+    if torch.compiler.is_compiling() or not (buffers.is_active() and x.is_cpu and x.dim() == 2):
+        return False
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return accumulates(module, x) and not watched(x, *parameters) and not _has_any_global_hook()
+
+
+def _product(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in memory that is used again."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None
     y = buffers.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
@@ -170,10 +180,8 @@ def accumulates(module: nn.Module, x: Tensor | Rows8, *others: Tensor) -> bool:
         return False
     if not is_linear(module) or autocast_dtype(x) is not None or onednn_serves(module, x):
         return False
-    weight, bias = module._parameters["weight"], module._parameters["bias"]  # nn.Module's own look-ups are slow
-    if weight is None or weight.dtype != x.dtype:
-        return False
-    return not needs_grad(x, weight, *others) if bias is None else not needs_grad(x, weight, bias, *others)
+    parameters = [p for p in module._parameters.values() if p is not None]  # nn.Module's own look-ups are slow
+    return module.weight.dtype == x.dtype and not needs_grad(x, *parameters, *others)
 
 
 def accumulate(module: nn.Module, x: Tensor, onto: Tensor) -> Tensor:

@@ -44,19 +44,19 @@ def why_not_linear(module: nn.Module) -> str | None:
         return f"is a {kind.__name__} of {kind.__module__.partition('.')[0]}"
     if is_hooked(module):
         return "is hooked"
-    parameters: list[Any] = [parameter for parameter in module._parameters.values() if parameter is not None]
-    shape = (module.out_features, module.in_features)
-    if any(type(parameter) is not nn.Parameter for parameter in parameters) or parameters[0].shape != shape:
+    weight: Any = module._parameters.get("weight")
+    if weight is None or weight.shape != (module.out_features, module.in_features):
         return "is sharded or quantised"
-    return None
+    kinds = {type(parameter) for parameter in module._parameters.values() if parameter is not None}
+    return None if kinds == {nn.Parameter} else "is sharded or quantised"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits: ``why_not_linear`` in the time that
-    each product of each layer has for it."""
+    """A Linear with a weight of its own, neither hooked nor with a twin in 8 bits: as much of ``why_not_linear``
+    as every product has the time to ask."""
     if type(module) is not nn.Linear or has_twin(module) or is_hooked(module):
         return False
-    return type(module._parameters["weight"]) is nn.Parameter
+    return type(module._parameters.get("weight")) is nn.Parameter
 
 
 def is_rms_norm(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from mtllm_fast.core.backends import Backends
 from mtllm_fast.core.devices import why_not_triton
 from mtllm_fast.core.dispatch import savable, watched
 from mtllm_fast.core.registered import differentiable_once, register, register_gradient
+from mtllm_fast.core.tensors import adjacent_columns, wide_dtype
 
 MAX_WIDTH = 8192  # of the kernels, which hold rows in registers: wider ones spill in the backward
 
@@ -66,8 +67,7 @@ def launch_backward(
 
 def _head_rows(states: Tensor) -> Tensor:
     """``[T, H, D]`` with adjacent columns, without a copy if two strides can address the rows."""
-    if states.stride(-1) != 1:
-        states = states.contiguous()
+    states = adjacent_columns(states)
     if states.dim() == 2:
         return states[:, None]
     return states if states.dim() == 3 else states.flatten(0, -3)
@@ -77,9 +77,9 @@ def _fake_forward(
     hidden_states: Tensor, weight: Tensor, residual: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = hidden_states.shape
-    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     summed = hidden_states.new_empty(0 if residual is None else shape)
-    return hidden_states.new_empty(shape), summed, hidden_states.new_empty(shape[:-1], dtype=wide)
+    rstd = hidden_states.new_empty(shape[:-1], dtype=wide_dtype(hidden_states.dtype))
+    return hidden_states.new_empty(shape), summed, rstd
 
 
 def _fake_backward(

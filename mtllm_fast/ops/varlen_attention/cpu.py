@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtllm_fast.core import buffers, native_cpu
-from mtllm_fast.core.tensors import wide_dtype
+from mtllm_fast.core.tensors import adjacent_columns, wide_dtype
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # Up to this length two batched products and a softmax beat the flash kernel, which works on one head's 32 queries at a
@@ -81,7 +81,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, o
     threads = torch.get_num_threads()
     scratch = buffers.empty(threads, native_cpu.extension().attention_scratch(_SHORT, q.shape[-1]))
     bounds = cu_seqlens.contiguous()
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = map(adjacent_columns, (q, k, v))
     sentences = native_cpu.extension().sentences(bounds.data_ptr(), len(bounds) - 1, q.shape[0], q.shape[-1])
     status = native_cpu.extension().attention(
         native_cpu.level(), *map(native_cpu.heads, (q, k, v)), sentences, _SHORT, scale, out.data_ptr(),
