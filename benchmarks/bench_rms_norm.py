@@ -19,7 +19,7 @@ from mtllm_fast.bench.gate import ERROR_FLOOR, ERROR_MULTIPLE, relative_error
 
 OP = "rms_norm"
 EPS = 1e-5
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpu", "triton")
 PEERS = (*BACKENDS, "huggingface", "F.rms_norm", "compiled", "liger")
 # (shape, whether a residual is added): hidden states of an 8B LLM, and the heads of Qwen3
 CASES = (

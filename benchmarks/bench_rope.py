@@ -17,7 +17,7 @@ import mtllm_fast
 from mtllm_fast.bench.gate import ERROR_FLOOR, ERROR_MULTIPLE, relative_error
 
 OP = "rope"
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpu", "triton")
 PEERS = (*BACKENDS, "huggingface", "compiled", "liger")
 HEAD_DIM = 128 if ON_GPU else 64
 # (tokens T, heads of q, heads of k and of v): an 8B Llama, a 7B Qwen2

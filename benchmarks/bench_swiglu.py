@@ -18,7 +18,7 @@ import mtllm_fast
 from mtllm_fast.bench.gate import ERROR_FLOOR, ERROR_MULTIPLE, relative_error
 
 OP = "swiglu"
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpu", "triton")
 PEERS = (*BACKENDS, "huggingface", "compiled", "liger")
 # (tokens T, width F): an 8B Llama, a 7B Llama 2, a 0.5B Qwen2
 CASES = ((512, 14336), (4096, 14336), (16384, 14336), (16384, 11008), (16384, 4864)) if ON_GPU else ((1024, 1024),)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from mtllm_fast import MTLLM
+from mtllm_fast.bench import peers
 from mtllm_fast.core import buffers
 from mtllm_fast.core.buffers import SMALLEST, empty, reused
 from mtllm_fast.models import linear as linears
@@ -35,7 +38,7 @@ def test_memory_is_used_again_once_its_last_view_is_gone() -> None:
         assert empty(2, FLOATS).data_ptr() == place
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_block_serves_other_shapes_and_dtypes(dtype: torch.dtype) -> None:
     with reused():
         place = empty(8, FLOATS).data_ptr()
@@ -152,7 +155,7 @@ def test_a_forward_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor = real(*shape, dtype=dtype)
         if not tensor.untyped_storage().resizable():
             places.append(tensor.data_ptr())
-        return tensor.fill_(float("nan")) if dtype.is_floating_point else tensor
+        return tensor.fill_(float("nan"))
 
     expected = _fresh(model, **inputs)
     real = buffers.empty
@@ -213,3 +216,27 @@ def test_products_are_the_modules_own_bit_for_bit() -> None:
             assert torch.equal(y, module(x))
             assert torch.equal(linears.linear(module, x, activation=torch.nn.ReLU()), module(x).relu())
         assert linears.linear(module, x).requires_grad
+
+
+def test_the_comparison_with_fresh_memory_runs_and_changes_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import fresh_memory
+
+    seen = []
+    real = buffers.empty
+    monkeypatch.setattr(
+        buffers, "empty", lambda *shape, **options: seen.append(buffers.is_active()) or real(*shape, **options)
+    )
+    with fresh_memory.fresh_memory():
+        assert isinstance(peers.reused(), contextlib.nullcontext)
+    assert peers.reused is buffers.reused
+    out = tmp_path / "record.jsonl"
+    monkeypatch.setattr(
+        "sys.argv", ["fresh_memory.py", "--size", "tiny", "--sentences", "40", "--rounds", "1", "--out", str(out)]
+    )
+    fresh_memory.main()
+    record = json.loads(out.read_text())
+    assert {name: len(rows) for name, rows in record["turns"].items()} == {"used again": 1, "fresh": 1, "bare GEMMs": 1}
+    assert set(seen) == {True, False}, "one way within a pool, the other without"

@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 SMALLEST = 1 << 17  # bytes; below, the C library keeps what is freed
 _WASTE = 1.25  # a block may be so many times as large as what is asked for
-_NUMPY = {dtype: np.dtype(str(dtype)[6:]) for dtype in (torch.float32, torch.float64, torch.float16, torch.int8)}
+_NUMPY = {dtype: np.dtype(str(dtype)[6:]) for dtype in (torch.float32, torch.float64, torch.float16)}
 _NUMPY[torch.bfloat16] = np.dtype("int16")  # NumPy has no such floats
 _CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             if tensor.dtype == dtype:
                 return tensor
             # A view would do, but an autograd.Function that returns one gets it marked as such.
-            return torch.empty(0, dtype=dtype, device=_CPU).set_(tensor.untyped_storage(), 0, shape)  # type: ignore
+            return torch.empty(0, dtype=dtype, device=_CPU).set_(tensor.untyped_storage(), 0, shape)  # type: ignore[call-overload, no-any-return]
     return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
